@@ -1,0 +1,21 @@
+"""The errors a user can mend.
+
+Each carries one line that says *what* is wrong, *where*, and *how to mend it*. The command line prints that line and
+exits with code 2; a library user catches `LlmtuneError`. A traceback of any other type is a defect of llmtune.
+"""
+
+
+class LlmtuneError(Exception):
+    """A mistake in what was given to llmtune: one line, no traceback needed to understand it."""
+
+
+class LlmtuneConfigError(LlmtuneError):
+    """A run configuration that cannot be carried out (the YAML file, an override, a flag)."""
+
+
+class LlmtuneFormatError(LlmtuneError):
+    """A model, adapter or tokenizer file that is damaged, incomplete, unsafe or not understood."""
+
+
+class LlmtuneDataError(LlmtuneError):
+    """A data row or file that cannot be used; the message starts with file:line."""

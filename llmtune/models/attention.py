@@ -1,0 +1,57 @@
+"""Grouped-query attention: projections and rotations; the product itself is a function passed in.
+
+`attend(q, k, v, layer, cache) -> (out, cache)` is what differs between training (causal and segment masks over the row) and
+decoding (a key-value cache), so this module has no flags for either.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from llmtune.models.config import ModelConfig
+from llmtune.models.linear import Linear
+from llmtune.models.rope import rotate
+from llmtune.sharding import spec
+from llmtune.weights import normal
+
+Rotation = tuple[jax.Array, jax.Array]
+# q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], layer int32 [], cache -> (like q, cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Attention(nnx.Module):
+    """[batch, seq, hidden] -> the same. `prefix` is the slot of prefix tuning."""
+
+    def __init__(self, config: ModelConfig):
+        hidden, size, init = config.hidden_size, config.head_dim, normal(config.initializer_range)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        q_axes, kv_axes = ("batch", "seq", "act_heads"), ("batch", "seq", "act_kv_heads")
+        self.q = Linear(hidden, heads * size, ("embed", "heads"), init=init, out_axes=q_axes)
+        self.k = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes)
+        self.v = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes)
+        self.o = Linear(heads * size, hidden, ("heads", "embed"), init=init, out_axes=("batch", "seq", "act_embed"))
+        self.prefix = nnx.Param(None)
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def __call__(
+        self, x: jax.Array, rotation: Rotation, attend: Attend, layer: jax.Array, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        q = rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotation)
+        k = rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotation)
+        v = _split_heads(self.v(x), self.kv_heads, "act_kv_heads")
+        out, cache = attend(q, k, v, layer, cache)
+        return self.o(_merge_heads(out)), cache
+
+
+def _split_heads(x: jax.Array, heads: int, axis: str) -> jax.Array:
+    """[batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim]."""
+    batch, seq, width = x.shape
+    return jax.lax.reshape(x, (batch, seq, heads, width // heads), out_sharding=spec("batch", "seq", axis, None))
+
+
+def _merge_heads(x: jax.Array) -> jax.Array:
+    """[batch, seq, heads, head_dim] -> [batch, seq, heads * head_dim]."""
+    batch, seq, heads, size = x.shape
+    return jax.lax.reshape(x, (batch, seq, heads * size), out_sharding=spec("batch", "seq", "act_heads"))

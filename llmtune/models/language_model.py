@@ -1,0 +1,81 @@
+"""A decoder bound to its weights: the small frozen record that objectives, evaluation and generation see.
+
+    bind = functools.partial(LanguageModel, graphdef, dtype=..., remat=...)
+    model = bind(combine(trainable, frozen))
+    model.hidden(tokens, positions, segment_ids)        -> (hidden [batch, seq, hidden], aux)
+    model.token_log_probs(..., targets)                 -> (log_probs [batch, seq], log_sum_exp [batch, seq], aux)
+    model.logits(...)                                   -> float32 [batch, seq, vocab]
+    model.reference                                     the same record with other weights, or None
+
+Rows are int32 [batch, seq]; segment_ids: 0 is padding, 1.. are documents, tokens see their own document only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmtune.kernels import Mask, attention
+from llmtune.models.attention import Attend
+from llmtune.models.decoder import Decoder, Params, Remat
+from llmtune.weights import head_loss, linear
+
+CAUSAL = Mask(causal=True)
+Aux = dict[str, jax.Array]  # sums that some architectures add to the loss; empty for a dense decoder
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """`dtype`: of activations and matmuls; `head_chunk`: tokens of a row whose logits are held at a time."""
+
+    graphdef: Any
+    params: Params
+    dtype: Any = jnp.float32
+    remat: Remat = lambda block: block
+    head_chunk: int = 512
+    reference: "LanguageModel | None" = None
+
+    def decoder(self) -> Decoder:
+        """The Flax module with these weights in place."""
+        return nnx.merge(self.graphdef, self.params)
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """Hidden states after the last norm. `key` is for dropout, where a weight has any."""
+        del key
+        attend = attend_within_row(segment_ids)
+        hidden, _ = self.decoder().hidden(tokens, positions, attend, dtype=self.dtype, remat=self.remat)
+        return hidden, {}
+
+    def token_log_probs(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        targets: jax.Array,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Aux]:
+        """float32 log-probability of each target under the logits at its place, and their log-sum-exp."""
+        hidden, aux = self.hidden(tokens, positions, segment_ids, key)
+        log_probs, totals = head_loss(hidden, self.decoder().head_weight(), targets, chunk=self.head_chunk)
+        return log_probs, totals, aux
+
+    def logits(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """float32 [batch, seq, vocab]: for evaluation of short rows; training goes through `token_log_probs`."""
+        hidden, _ = self.hidden(tokens, positions, segment_ids)
+        return linear(hidden, self.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
+
+
+def attend_within_row(segment_ids: jax.Array) -> Attend:
+    """Causal attention over whole rows, each token within its own document."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        del layer
+        scale = q.shape[-1] ** -0.5
+        out = attention(q, k, v, mask=CAUSAL, q_segments=segment_ids, kv_segments=segment_ids, scale=scale)
+        return out, cache
+
+    return attend

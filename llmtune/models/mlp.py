@@ -1,0 +1,23 @@
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+
+import jax
+from flax import nnx
+
+from llmtune.models.config import ModelConfig
+from llmtune.models.linear import Linear
+from llmtune.weights import normal
+
+
+class MLP(nnx.Module):
+    """[batch, seq, hidden] -> the same. `adapter` is the slot of a parallel adapter."""
+
+    def __init__(self, config: ModelConfig):
+        hidden, inner, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
+        wide, narrow = ("batch", "seq", "act_mlp"), ("batch", "seq", "act_embed")
+        self.gate = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide)
+        self.up = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide)
+        self.down = Linear(inner, hidden, ("mlp", "embed"), init=init, out_axes=narrow)
+        self.adapter = nnx.Param(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

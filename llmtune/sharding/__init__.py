@@ -1,0 +1,10 @@
+"""Meshes, strategy tables, and the way from logical axes to shardings. Imports nothing of ours."""
+
+from llmtune.sharding.layout import axis_size, put, replicated, sharding_for
+from llmtune.sharding.mesh import MESH_AXES, default_mesh, make_mesh
+from llmtune.sharding.strategy import REPLICATED, ShardingError, Strategy, current, load_strategy, spec
+
+__all__ = [
+    "MESH_AXES", "REPLICATED", "ShardingError", "Strategy", "axis_size", "current", "default_mesh", "load_strategy",
+    "make_mesh", "put", "replicated", "sharding_for", "spec",
+]  # fmt: skip

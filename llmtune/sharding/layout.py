@@ -1,0 +1,45 @@
+"""From logical axes to shardings: one NamedSharding per array of a tree, checked against the shapes it must divide."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmtune.sharding.strategy import ShardingError, Strategy
+
+
+def sharding_for(
+    shape: Sequence[int], logical: Sequence[str | None], mesh: Mesh, strategy: Strategy, *, name: str
+) -> NamedSharding:
+    """The sharding of one array. `name` is its path, for the error that says which axis does not divide."""
+    spec = strategy.spec(*logical)
+    for size, axis, part in zip(shape, logical, spec, strict=True):
+        ways = axis_size(mesh, part)
+        if size % ways:
+            raise ShardingError(
+                f"{name}: axis {axis!r} of size {size} cannot be split {ways} ways over the mesh axis {part!r} "
+                f"(strategy {strategy.name}); sizes that divide it: {_divisors(size, mesh.size)}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def axis_size(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
+    """Into how many pieces a dimension with this entry of a PartitionSpec is split."""
+    names = (part,) if isinstance(part, str) else (part or ())
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Place a host array onto the mesh. With several processes each passes the same whole array."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _divisors(size: int, limit: int) -> str:
+    return ", ".join(str(n) for n in range(1, limit + 1) if size % n == 0)

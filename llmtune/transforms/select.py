@@ -1,0 +1,54 @@
+"""Path rules: which weights a transform is about.
+
+A weight's path is its place in the parameter tree, `layers/0/attention/q/kernel`. A rule is one of
+
+    all-linear            every matrix of the layers (the embedding and the head excluded, as in peft)
+    attention, mlp        those of one part of a block
+    q_proj, up_proj, ...  the names that peft users know
+    any other text        a regular expression that matches somewhere in the path
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from llmtune.errors import LlmtuneConfigError
+from llmtune.weights import is_operator, path_name
+
+NAMED_RULES = {
+    "all-linear": r"^layers/.*/(attention|mlp)/.*kernel$",
+    "attention": r"^layers/.*/attention/.*kernel$",
+    "mlp": r"^layers/.*/mlp/.*kernel$",
+    **{f"{name}_proj": rf"/attention/{name}/kernel$" for name in "qkvo"},
+    **{f"{name}_proj": rf"/mlp/{name}/kernel$" for name in ("gate", "up", "down")},
+}
+
+
+def weights_by_path(params: Any) -> dict[str, Any]:
+    """`{path: weight}` with operators whole; empty slots are left out."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_operator)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def select(params: Any, rules: str | Sequence[str]) -> list[str]:
+    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error."""
+    matrices = [path for path, weight in weights_by_path(params).items() if path.endswith(("kernel", "table"))]
+    chosen: set[str] = set()
+    for rule in [rules] if isinstance(rules, str) else rules:
+        found = [path for path in matrices if _pattern(rule).search(path)]
+        if not found:
+            known = [*NAMED_RULES, *matrices]
+            nearest = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.3) or list(NAMED_RULES)[:3])
+            raise LlmtuneConfigError(f"adapt.targets: {rule!r} matches no weight; nearest: {nearest}")
+        chosen.update(found)
+    return [path for path in matrices if path in chosen]
+
+
+def _pattern(rule: str) -> re.Pattern[str]:
+    try:
+        return re.compile(NAMED_RULES.get(rule, rule))
+    except re.error as error:
+        raise LlmtuneConfigError(f"adapt.targets: {rule!r} is not a regular expression ({error})") from None

@@ -1,0 +1,53 @@
+"""A weight is an array or an operator: a frozen pytree node that knows how to be multiplied by.
+
+Operators nest (`LoRA(NF4(...), a, b, scale)` is QLoRA). Model code never sees which it holds: it goes through the doors of
+`llmtune.weights.doors`. Every class is abstract (this one) or final; nothing outside `llmtune/weights` looks inside one.
+"""
+
+import abc
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import jax
+
+
+class Operator(abc.ABC):
+    """What every weight operator does. Subclasses are frozen dataclasses registered as pytree nodes, and final."""
+
+    trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
+
+    @abc.abstractmethod
+    def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
+        """[batch, seq, in] -> [batch, seq, out], laid out as `out_axes` say."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The plain array [..., in, out] that it stands for, formed in float32."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `dense()`."""
+
+
+def is_operator(leaf: Any) -> bool:
+    """For `is_leaf` of tree functions that map weights rather than arrays."""
+    return isinstance(leaf, Operator)
+
+
+def map_fields(function: Callable[[Any, bool], Any], weight: Any) -> Any:
+    """`function(leaf, trainable)` over the arrays of one weight, operators inside operators included.
+
+    A leaf is trainable where every operator on the way down names the field; a plain array is.
+    """
+
+    def descend(node: Any, trainable: bool) -> Any:
+        if not isinstance(node, Operator):
+            return function(node, trainable)
+        names = {field.name for field in fields(node) if not field.metadata.get("static", False)}  # type: ignore[arg-type]
+        children = {name: descend(getattr(node, name), trainable and name in node.trainable) for name in names}
+        static = {field.name: getattr(node, field.name) for field in fields(node) if field.name not in names}  # type: ignore[arg-type]
+        return type(node)(**children, **static)
+
+    return descend(weight, True)

@@ -1,0 +1,33 @@
+"""`metrics.jsonl`: an object per step, appended as training goes, cut at the restored step on resume."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MetricsFile:
+    """Append-only; every line is flushed, so that a killed run leaves whole lines (but perhaps a torn last one)."""
+
+    path: Path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """One line: plain numbers and strings by name."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def cut_after(self, step: int) -> None:
+        """Drop what was written after `step`: those updates are about to be done again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self.path)

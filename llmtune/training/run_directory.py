@@ -1,0 +1,102 @@
+"""The directory of a run: what belongs to it, and that nobody else's run is touched.
+
+    config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
+    metrics.jsonl    an object per step
+    checkpoints/     Orbax
+    evaluation.json  held-out loss, perplexity and sample generations before and after
+    export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory), complete only when the run is
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtune.config import Run, dump_run
+from llmtune.errors import LlmtuneConfigError, LlmtuneError
+from llmtune.training.metrics import MetricsFile
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        """An object per step."""
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax steps."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Finished models."""
+        return self.path / "export"
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """`{"before": {...}, "after": {...}}`, as far as measured."""
+        path = self.path / "evaluation.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Replace evaluation.json in one step."""
+        write_whole(self.path / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+
+
+def claim(run: Run) -> RunDirectory:
+    """The run's directory, made or taken up again. Refuses one that holds something else."""
+    directory = RunDirectory(Path(run.output).absolute())
+    text = dump_run(run)
+    if directory.config.exists():
+        _refuse_another_run(directory, text)
+        return directory
+    if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
+        raise LlmtuneConfigError(
+            f"output: {run.output} exists and is no llmtune run (it has no config.yaml); choose an empty or new directory"
+        )
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        write_whole(directory.config, text)
+    except OSError as error:
+        raise LlmtuneError(f"output: {run.output} cannot be written ({error.strerror}); choose another directory") from None
+    return directory
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _refuse_another_run(directory: RunDirectory, text: str) -> None:
+    there, here = (_flat(yaml.safe_load(t)) for t in (directory.config.read_text(encoding="utf-8"), text))
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise LlmtuneConfigError(
+            f"output: {directory.path} holds another run ({shown}{more}); choose another directory, or the same configuration"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}

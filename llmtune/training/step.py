@@ -1,0 +1,88 @@
+"""The train step: one pure function for every objective, transform and strategy.
+
+    (state, frozen, batch)  -->  (state, metrics)
+
+The loss is a sum over target tokens divided by their number over the whole global batch. Microbatches therefore add up sums of
+loss, of weight and of gradient, and divide once at the end: uneven token counts change nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llmtune.objectives.record import Batch, Model, Objective
+from llmtune.sharding import Strategy
+from llmtune.training.state import TrainState
+from llmtune.transforms import combine
+
+Bind = Callable[[Any], Model]  # a tree of weights -> the record that objectives see
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_train_step(
+    bind: Bind,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    strategy: Strategy,
+    microbatches: int,
+) -> TrainStep:
+    """Metrics, float32 scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (targets)."""
+
+    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
+        return loss, weight
+
+    gradient = jax.value_and_grad(sums, has_aux=True)
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        with strategy.active():
+            (loss, weight), grads = accumulate(gradient, microbatches, state.trainable, frozen, batch)
+            total = jnp.maximum(weight, 1.0)
+            grads = jax.tree.map(lambda g: g / total, grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": loss / total,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": weight,
+        }
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(bind: Bind, objective: Objective, strategy: Strategy) -> EvalStep:
+    """(trainable, frozen, batch) -> (loss sum, weight sum)."""
+
+    def step(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with strategy.active():
+            loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
+        return loss, weight
+
+    return step
+
+
+def accumulate(gradient: Callable, microbatches: int, trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+    """((loss sum, weight sum), gradient of the loss sum) over `microbatches` pieces of the batch's rows."""
+    if microbatches == 1:
+        return gradient(trainable, frozen, batch)
+    pieces = jax.tree.map(lambda rows: split_rows(rows, microbatches), batch)
+
+    def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trainable, frozen, piece)), None
+
+    first, rest = (jax.tree.map(lambda p, s=s: p[s], pieces) for s in (0, slice(1, None)))
+    total, _ = jax.lax.scan(add, gradient(trainable, frozen, first), rest)
+    return total
+
+
+def split_rows(rows: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] -> [pieces, B / pieces, ...], each piece spread over the devices like the whole (rows are interleaved)."""
+    return rows.reshape(rows.shape[0] // pieces, pieces, *rows.shape[1:]).swapaxes(0, 1)

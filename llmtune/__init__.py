@@ -1,0 +1,39 @@
+"""llmtune: fine-tuning of LLaMA 3 and Mistral in JAX and Flax, on TPU pods and GPUs with the same code.
+
+The public surface, resolved when first used, so that `import llmtune` costs nothing:
+
+    llmtune.load(path, adapters=(), dtype="float32", strategy=None)   a model, ready for logits and generation
+    llmtune.train(run)                                                a run, from its configuration
+    llmtune.load_run(path, overrides=())                              the configuration of a run, checked
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmtune.config import Run, load_run
+    from llmtune.errors import LlmtuneError
+    from llmtune.model import Model, load
+    from llmtune.training.loop import train
+
+__version__ = "0.1.0"
+__all__ = ["LlmtuneError", "Model", "Run", "__version__", "load", "load_run", "train"]
+
+_HOMES = {
+    "LlmtuneError": "llmtune.errors",
+    "Model": "llmtune.model",
+    "Run": "llmtune.config",
+    "load": "llmtune.model",
+    "load_run": "llmtune.config",
+    "train": "llmtune.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmtune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,125 @@
+"""`llmtune COMMAND`: parse, compose, call. A user's mistake is one line on stderr and exit code 2.
+
+Heavy imports happen inside the commands, so that `llmtune --help` is immediate.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import llmtune
+from llmtune.errors import LlmtuneError
+
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown argument {overrides[0]!r}; see llmtune {options.command} --help")
+    options.overrides = overrides
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return options.run(options)
+    except LlmtuneError as error:
+        return _refuse(str(error))
+    except ValueError as error:
+        from llmtune.sharding import ShardingError
+
+        if not isinstance(error, ShardingError):
+            raise
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmtune", description="Fine-tune LLaMA 3 and Mistral in JAX, on TPU pods and GPUs with the same code."
+    )
+    parser.add_argument("--version", action="version", version=f"llmtune {llmtune.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model as a YAML file says",
+        description="Fine-tune a model as a YAML file says. The same command on its own run directory resumes it.",
+        usage="llmtune train CONFIG.yaml [--section.key VALUE ...]",
+        epilog=_keys_epilog,  # type: ignore[arg-type]
+        formatter_class=_LazyEpilog,
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", help="the run; configs/recipes holds examples")
+    train.set_defaults(run=_train, takes_overrides=True)
+
+    generate = commands.add_parser("generate", help="continue prompts with a model")
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or a run directory of llmtune")
+    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for a batch")
+    generate.add_argument("--adapter", action="append", default=[], metavar="DIR", help="a PEFT directory, applied on top")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--top-k", type=int, default=None, metavar="K")
+    generate.add_argument("--top-p", type=float, default=None, metavar="P")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtype", default="float32", metavar="D", help="of weights and compute; default float32")
+    generate.add_argument("--strategy", default=None, metavar="NAME", help="sharding over all devices, e.g. fsdp, tensor")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+class _LazyEpilog(argparse.RawDescriptionHelpFormatter):
+    """Builds the list of keys only when help is asked for."""
+
+    def add_text(self, text: object) -> None:
+        super().add_text(text() if callable(text) else text)  # type: ignore[arg-type]
+
+
+def _keys_epilog() -> str:
+    from llmtune.config import key_reference
+
+    lines = ["keys of CONFIG.yaml (type, default, meaning):"]
+    for path, kind, default, text in key_reference():
+        lines += [f"  {path}  ({kind}; default {default})", f"      {text}"]
+    return "\n".join(lines)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from llmtune.config import load_run
+
+    overrides = list(options.overrides)
+    run = load_run(options.config, overrides)
+    from llmtune.training.loop import train
+
+    train(run)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from llmtune.model import load
+
+    model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
+    completions = model.generate(
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=options.stop,
+        seed=options.seed,
+    )
+    for prompt, completion in zip(options.prompt, completions, strict=True):
+        print(f"{prompt}{completion}")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"llmtune: error: {message}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""Kernels: arrays in, arrays out. They know nothing of modules, weights or operators."""
+
+from llmtune.kernels.attention import attention
+from llmtune.kernels.masks import Mask, visible
+
+__all__ = ["Mask", "attention", "visible"]

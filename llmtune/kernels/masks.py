@@ -1,0 +1,43 @@
+"""Who sees whom in a row: a small static specification, and the one function that gives it meaning.
+
+Causality and windows go by index in the row; segment ids tell documents apart (0 is padding: it sees nothing and nobody sees
+it). Every back end follows `visible`; tests hold them against it.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Mask:
+    """causal: token i sees j <= i; window w: only j > i - w (Mistral's sliding_window)."""
+
+    causal: bool = True
+    window: int | None = None
+
+
+def visible(
+    mask: Mask, q_index: jax.Array, kv_index: jax.Array, q_segments: jax.Array, kv_segments: jax.Array
+) -> jax.Array:
+    """bool [batch, q, kv] from int32 indices [q], [kv] and segment ids [batch, q], [batch, kv]."""
+    seen = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments[:, :, None] > 0)
+    ahead = q_index[:, None] - kv_index[None, :]
+    if mask.causal:
+        seen &= ahead >= 0
+    if mask.window is not None:
+        seen &= ahead < mask.window
+    return seen
+
+
+def visible_blocks(mask: Mask, q_length: int, kv_length: int, block: int) -> np.ndarray:
+    """int32 [pairs, 2]: the (query block, key block) pairs in which indices alone leave anything to see."""
+    q_blocks, kv_blocks = -(-q_length // block), -(-kv_length // block)
+    i, j = np.meshgrid(np.arange(q_blocks), np.arange(kv_blocks), indexing="ij")
+    seen = np.ones(i.shape, bool)
+    if mask.causal:
+        seen &= j <= i
+    if mask.window is not None:  # the nearest pair of indices is less than a window apart
+        seen &= (i * block) - (j * block + block - 1) < mask.window
+    return np.stack([i[seen], j[seen]], axis=1).astype(np.int32)

@@ -1,0 +1,110 @@
+"""The one port to the outside: Hugging Face and PEFT directories in and out.
+
+Everything else in llmtune uses these functions; they alone call `checkpoints_convert`, which alone knows other people's tensor
+names and file formats.
+
+    source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
+    params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
+    save(path, params, source)                        a Hugging Face directory, merged
+    load_adapter(path, config)                        a transform that adds a PEFT adapter
+    save_adapter(path, params, source)                a PEFT directory
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from jax.sharding import Mesh
+
+from checkpoints_convert import hf_config, hf_weights, peft
+from checkpoints_convert.safetensors_io import open_directory
+from llmtune.errors import LlmtuneConfigError
+from llmtune.models.config import ModelConfig
+from llmtune.sharding import Strategy
+from llmtune.shipped import configs_directory, resolve
+from llmtune.transforms import Factors, Transform, lora_from, weights_by_path
+from llmtune.weights import LoRA, dense, is_operator, materialize, shardings
+
+Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a directory of weights, or (directory None) a preset with random weights."""
+
+    name: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    directory: Path | None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights on disk; 0 for a preset."""
+        return 0 if self.directory is None else open_directory(self.directory).total_bytes
+
+
+def open_source(name: str) -> Source:
+    """A Hugging Face directory, something shipped with llmtune (`llmtune:starter`), or a preset of configs/models."""
+    path = resolve(name)
+    if path.is_dir():
+        return Source(name, hf_config.read_model_config(path), hf_config.read_json(path / "config.json"), path)
+    presets = configs_directory() / "models"
+    preset = presets / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        raw = yaml.safe_load(preset.read_text(encoding="utf-8"))
+        return Source(name, hf_config.parse_model_config(raw, None, str(preset)), raw, None)
+    known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+    raise LlmtuneConfigError(f"model: {name!r} is neither a directory nor a preset (presets: {known})")
+
+
+def load(
+    source: Source,
+    declared: Any,
+    mesh: Mesh,
+    strategy: Strategy,
+    *,
+    dtype: str | None = "float32",
+    seed: int = 0,
+    progress: Progress = lambda done: None,
+) -> Any:
+    """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`."""
+    if source.directory is None:
+        params = materialize(declared, jax.random.key(seed), mesh, strategy)
+        return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
+    layouts = shardings(declared, mesh, strategy)
+    return hf_weights.load_params(source.directory, source.config, layouts, dtype=dtype, progress=progress)
+
+
+def save(
+    path: Path, params: Any, source: Source, *, dtype: str | None = None, progress: Progress = lambda done: None
+) -> None:
+    """A merged Hugging Face directory. Each tensor in its dtype on disk, or in `dtype`; config and tokenizer beside them."""
+    hf_weights.save_directory(
+        path, _Merged(params), source.config, source.hf_config, source.directory, dtype=dtype, progress=progress
+    )
+
+
+def load_adapter(path: str | Path, config: ModelConfig) -> Transform:
+    """The transform that adds a PEFT directory's adapter, with its values."""
+    adapter = peft.read_adapter(Path(path), config)
+    factors = {name: Factors(e.a, e.b, e.scale, e.ranks) for name, e in adapter.entries.items()}
+    return lora_from(factors, rslora=adapter.rslora)
+
+
+def save_adapter(path: Path, params: Any, source: Source) -> None:
+    """A PEFT directory of the adapters in `params`."""
+    adapters = {name: w for name, w in weights_by_path(params).items() if isinstance(w, LoRA)}
+    if not adapters:
+        raise LlmtuneConfigError("save_adapter: this model has no adapter; save() writes the whole model")
+    nested = [name for name, w in adapters.items() if is_operator(w.base)]
+    if nested:
+        raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
+    entries = {
+        name: peft.Entry(*(jax.device_get(leaf) for leaf in (w.a, w.b, w.scale)), w.ranks)
+        for name, w in adapters.items()
+    }
+    rslora = any(w.rslora for w in adapters.values())
+    peft.write_adapter(path, entries, source.config, base_name=str(source.directory or source.name), rslora=rslora)

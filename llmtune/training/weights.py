@@ -1,0 +1,53 @@
+"""From a run's configuration to the weights it trains: which base, which transform, what stays frozen."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llmtune import pretrained
+from llmtune.config import Adapt, Run, Sharding
+from llmtune.model import build_params, divides
+from llmtune.models.decoder import declare
+from llmtune.sharding import Strategy, default_mesh, load_strategy, make_mesh
+from llmtune.shipped import configs_directory
+from llmtune.transforms import Transform, adapters, everything, identity, lora, partition
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model ready to train: its structure, what trains and what stays (each None where the other has an array)."""
+
+    graphdef: Any
+    trainable: Any
+    frozen: Any
+
+
+def choose_layout(sharding: Sharding | None, declared: Any) -> tuple[Mesh, Strategy]:
+    """The mesh and the strategy table of a run; without a section, fsdp over all devices."""
+    strategy = load_strategy("fsdp" if sharding is None else sharding.strategy, configs_directory() / "strategies")
+    if sharding is not None and sharding.mesh:
+        return make_mesh(sharding.mesh), strategy
+    return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy)), strategy
+
+
+def choose_transform(adapt: Adapt | None, source: pretrained.Source) -> Transform:
+    """What `adapt` asks for; nothing is full fine-tuning."""
+    if adapt is None:
+        return identity
+    if adapt.from_ is not None:
+        return pretrained.load_adapter(adapt.from_, source.config)
+    return lora(rank=adapt.rank, alpha=adapt.alpha, targets=adapt.targets, rslora=adapt.rslora)
+
+
+def prepare_weights(
+    run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
+) -> Weights:
+    """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
+    graphdef, declared = declare(source.config)
+    transform = choose_transform(run.adapt, source)
+    dtype = "float32" if run.adapt is None else None
+    params = build_params(
+        source, declared, transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
+    )
+    return Weights(graphdef, *partition(params, everything if run.adapt is None else adapters))

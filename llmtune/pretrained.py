@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
 from jax.sharding import Mesh
 
 from checkpoints_convert import hf_config, hf_weights, peft
-from checkpoints_convert.safetensors_io import open_directory
+from checkpoints_convert.safetensors_reader import open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
@@ -50,7 +51,7 @@ def open_source(name: str) -> Source:
     """A Hugging Face directory, something shipped with llmtune (`llmtune:starter`), or a preset of configs/models."""
     path = resolve(name)
     if path.is_dir():
-        return Source(name, hf_config.read_model_config(path), hf_config.read_json(path / "config.json"), path)
+        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path)
     presets = configs_directory() / "models"
     preset = presets / f"{name}.yaml"
     if "/" not in name and preset.is_file():
@@ -79,32 +80,57 @@ def load(
 
 
 def save(
-    path: Path, params: Any, source: Source, *, dtype: str | None = None, progress: Progress = lambda done: None
+    path: Path,
+    params: Any,
+    source: Source,
+    *,
+    dtype: str | None = None,
+    stored_dtype: str = "float32",
+    progress: Progress = lambda done: None,
 ) -> None:
-    """A merged Hugging Face directory. Each tensor in its dtype on disk, or in `dtype`; config and tokenizer beside them."""
+    """A merged Hugging Face directory; config and tokenizer beside the weights.
+
+    Each tensor in `dtype`, or in its dtype on disk where that is None (`stored_dtype` for a preset, which has none).
+    """
+    weights = weights_by_path(params)
+
+    def fetch(name: str, layer: int | None) -> np.ndarray:
+        weight = weights[name]
+        if layer is not None:
+            weight = jax.tree.map(lambda leaf: leaf[layer], weight)
+        return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
+
     hf_weights.save_directory(
-        path, _Merged(params), source.config, source.hf_config, source.directory, dtype=dtype, progress=progress
+        path,
+        fetch,
+        source.config,
+        source.hf_config,
+        source.directory,
+        dtype=dtype,
+        stored_dtype=stored_dtype,
+        progress=progress,
     )
 
 
 def load_adapter(path: str | Path, config: ModelConfig) -> Transform:
     """The transform that adds a PEFT directory's adapter, with its values."""
     adapter = peft.read_adapter(Path(path), config)
-    factors = {name: Factors(e.a, e.b, e.scale, e.ranks) for name, e in adapter.entries.items()}
-    return lora_from(factors, rslora=adapter.rslora)
+    given = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in adapter.factors.items()}
+    return lora_from(given, rslora=adapter.rslora)
 
 
 def save_adapter(path: Path, params: Any, source: Source) -> None:
-    """A PEFT directory of the adapters in `params`."""
-    adapters = {name: w for name, w in weights_by_path(params).items() if isinstance(w, LoRA)}
+    """A PEFT directory of the adapter in `params`."""
+    adapters = {name: weight for name, weight in weights_by_path(params).items() if isinstance(weight, LoRA)}
     if not adapters:
         raise LlmtuneConfigError("save_adapter: this model has no adapter; save() writes the whole model")
-    nested = [name for name, w in adapters.items() if is_operator(w.base)]
+    nested = [name for name, weight in adapters.items() if is_operator(weight.base)]
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
-    entries = {
-        name: peft.Entry(*(jax.device_get(leaf) for leaf in (w.a, w.b, w.scale)), w.ranks)
+    factors = {
+        name: peft.Factors(*(np.asarray(jax.device_get(leaf)) for leaf in (w.a, w.b, w.scale)), w.ranks)
         for name, w in adapters.items()
     }
-    rslora = any(w.rslora for w in adapters.values())
-    peft.write_adapter(path, entries, source.config, base_name=str(source.directory or source.name), rslora=rslora)
+    base = source.name if source.directory is None else str(source.directory.absolute())
+    rslora = any(weight.rslora for weight in adapters.values())
+    peft.write_adapter(path, factors, source.config, base=base, rslora=rslora)

@@ -1,0 +1,1 @@
+"""Other people's file formats and tensor names: Hugging Face and PEFT. The only place that knows them."""

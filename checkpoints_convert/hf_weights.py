@@ -1,0 +1,177 @@
+"""Hugging Face weights in and out: strict about names and shapes, streaming tensor by tensor, straight into shardings."""
+
+import functools
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from checkpoints_convert.hf_config import model_config_to_hf
+from checkpoints_convert.hf_names import Tensor, tensors
+from checkpoints_convert.safetensors_reader import WeightDirectory, open_directory
+from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
+from llmtune.errors import LlmtuneFormatError
+from llmtune.models.config import ModelConfig
+from llmtune.weights import path_name
+
+SHARD_BYTES = 5_000_000_000
+COMPANIONS = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|generation_config\.json|chat_template.*"
+    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*|LICENSE.*|NOTICE.*|USE_POLICY.*",
+    re.IGNORECASE,
+)
+Progress = Callable[[int], None]
+Fetch = Callable[[str, int | None], np.ndarray]  # (our path, layer of a stacked weight) -> the matrix [in, out], on the host
+
+
+def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
+    """Names and shapes, both ways. Tolerated: a tied head stored again with the same bytes, and old rotary buffers."""
+    expected = {tensor.name: tensor.shape for tensor in tensors(config)}
+    present = {name: info.shape for name, info in weights.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "lm_head.weight" in present:
+        _check_tied_head(weights)
+        del present["lm_head.weight"]
+    for name in sorted(set(expected) - set(present)):
+        raise LlmtuneFormatError(
+            f"{weights.path}: the tensor {name} is missing, which config.json asks for ({_count(set(expected) - set(present))})"
+        )
+    for name in sorted(set(present) - set(expected)):
+        raise LlmtuneFormatError(
+            f"{weights.tensors[name].file}: the tensor {name} is none of this architecture's "
+            f"({_count(set(present) - set(expected))}); does config.json belong to these weights?"
+        )
+    for name, shape in expected.items():
+        info = weights.tensors[name]
+        if info.shape != shape:
+            raise LlmtuneFormatError(f"{info.file}: {name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
+        if not np.issubdtype(info.dtype, np.floating) and info.dtype != ml_dtypes.bfloat16:
+            raise LlmtuneFormatError(f"{info.file}: {name} is stored as {info.dtype}; convert it to a floating dtype first")
+
+
+def load_params(
+    directory: Path, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
+) -> Any:
+    """The parameter tree laid out as `layouts` (a Sharding per weight); each device's part is read from disk by itself."""
+    weights = open_directory(directory)
+    check_tensors(weights, config)
+    by_path: dict[str, list[Tensor]] = {}
+    for tensor in tensors(config):
+        by_path.setdefault(tensor.path, []).append(tensor)
+
+    def load(path: tuple[Any, ...], layout: jax.sharding.Sharding) -> jax.Array:
+        array = _load_weight(weights, by_path[path_name(path)], layout, dtype)
+        progress(sum(weights.tensors[t.name].end - weights.tensors[t.name].start for t in by_path[path_name(path)]))
+        return array
+
+    return jax.tree_util.tree_map_with_path(load, layouts)
+
+
+def save_directory(
+    path: Path,
+    fetch: Fetch,
+    config: ModelConfig,
+    hf_config: Mapping[str, Any],
+    source: Path | None,
+    *,
+    dtype: str | None = None,
+    stored_dtype: str = "float32",
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done: None,
+) -> None:
+    """A complete Hugging Face directory: weights, config.json, and what lies beside the weights in `source`.
+
+    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`.
+    """
+    on_disk = {} if source is None else {name: info.dtype for name, info in open_directory(source).tensors.items()}
+    fallback = np.dtype(stored_dtype)
+    chosen = {t.name: np.dtype(dtype) if dtype else on_disk.get(t.name, fallback) for t in tensors(config)}
+    entries = [
+        Entry(t.name, chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name])) for t in tensors(config)
+    ]
+    if config.tie_word_embeddings and "lm_head.weight" in on_disk:  # the source stores the tied head again: so do we
+        embed = entries[0]
+        entries.append(Entry("lm_head.weight", embed.dtype, embed.shape, embed.produce))
+    with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
+        write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_json(partial / "config.json", _config_json(config, hf_config, dtype))
+        if source is not None:
+            copy_companions(source, partial)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, chat template and licence files; never weights."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and COMPANIONS.fullmatch(file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The source's own config.json, with its dtype brought up to date where it changed."""
+    result = dict(hf_config) or model_config_to_hf(config, dtype or "float32")
+    if dtype is not None:
+        result["dtype" if "dtype" in result else "torch_dtype"] = dtype
+    return result
+
+
+def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    array = fetch(tensor.path, tensor.layer)
+    return np.ascontiguousarray(array.T if tensor.transposed else array).astype(dtype, copy=False)
+
+
+def _load_weight(
+    weights: WeightDirectory, parts: list[Tensor], layout: jax.sharding.Sharding, dtype: str | None
+) -> jax.Array:
+    stacked = parts[0].layer is not None
+    shape = parts[0].shape[::-1] if parts[0].transposed else parts[0].shape
+    stored = {weights.tensors[tensor.name].dtype for tensor in parts}
+    kind = np.dtype(dtype) if dtype else (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
+    full = (len(parts), *shape) if stacked else shape
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        chosen, inner = (parts[index[0]], index[1:]) if stacked else (parts, index)
+        pieces = (_read_part(weights, tensor, inner, kind) for tensor in chosen)
+        return _stack(pieces, len(chosen), kind) if stacked else next(pieces)
+
+    cache: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
+
+    def read_once(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(part.indices(size) for part, size in zip(index, full, strict=True))
+        if key not in cache:
+            cache[key] = read(index)
+        return cache[key]
+
+    return jax.make_array_from_callback(full, layout, read_once)
+
+
+def _read_part(weights: WeightDirectory, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    array = weights.read_slice(tensor.name, index[::-1] if tensor.transposed else index)
+    return (array.T if tensor.transposed else array).astype(dtype, copy=False)
+
+
+def _stack(pieces: Iterator[np.ndarray], count: int, dtype: np.dtype) -> np.ndarray:
+    first = next(pieces)
+    out = np.empty((count, *first.shape), dtype)
+    out[0] = first
+    for k, piece in enumerate(pieces, 1):
+        out[k] = piece
+    return out
+
+
+def _check_tied_head(weights: WeightDirectory) -> None:
+    head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype:
+        raise LlmtuneFormatError(f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them")
+    rows = max(1, (16 << 20) // max(1, head.shape[-1] * head.dtype.itemsize))
+    for start in range(0, head.shape[0], rows):
+        piece = (slice(start, start + rows), slice(None))
+        if weights.read_slice("lm_head.weight", piece).tobytes() != weights.read_slice(embed.name, piece).tobytes():
+            raise LlmtuneFormatError(f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them")
+
+
+def _count(names: set[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"the first of {len(names)}: {', '.join(sorted(names)[:3])}"

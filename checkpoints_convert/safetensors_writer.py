@@ -1,0 +1,139 @@
+"""Writing safetensors: header first, tensor by tensor, complete or not at all.
+
+Each file is written under a temporary name, synced and renamed; a directory appears under its own name only when every file in
+it is complete.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert.safetensors_header import make_header
+from checkpoints_convert.safetensors_reader import INDEX, SINGLE
+from llmtune.errors import LlmtuneError
+
+PIECE = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write; `produce` is called when its turn comes, and gives exactly that shape and dtype."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@contextmanager
+def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its name when the block succeeds, and vanishes when it does not."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise LlmtuneError(f"{path}: exists and is not empty; choose another directory or remove it")
+    partial = path.with_name(f".{path.name}.partial")
+    with _told_plainly(path):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(partial.parent).free
+        if free < needed_bytes:
+            raise LlmtuneError(
+                f"{path}: {needed_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose another disk"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            if path.exists():
+                path.rmdir()
+            os.rename(partial, path)
+            _sync_directory(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def write_shards(
+    directory: Path, entries: Sequence[Entry], *, max_shard_bytes: int, progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """`model.safetensors`, or several shards of at most `max_shard_bytes` (but for larger tensors) and their index."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        write_file(directory / SINGLE, shards[0], progress=progress)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / name, shard, progress=progress)
+        weight_map |= {entry.name: name for entry in shard}
+    total = sum(entry.nbytes for entry in entries)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_file(
+    path: Path, entries: Sequence[Entry], *, metadata: dict[str, str] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:  # fmt: skip
+    """One safetensors file with its tensors in the given order."""
+    header = make_header([(e.name, np.dtype(e.dtype), e.shape) for e in entries], metadata or {"format": "pt"})
+    with _told_plainly(path), _replacing(path) as file:
+        file.write(header)
+        for entry in entries:
+            array = np.ascontiguousarray(entry.produce())
+            if array.shape != entry.shape or array.dtype != entry.dtype:
+                raise ValueError(f"{entry.name}: promised {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
+            view = memoryview(array.reshape(-1).view(np.uint8))
+            for start in range(0, len(view), PIECE):
+                file.write(view[start : start + PIECE])
+            progress(entry.nbytes)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Indented, sorted as given, ended by a newline."""
+    with _told_plainly(path), _replacing(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _told_plainly(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LlmtuneError(f"{path}: cannot be written ({error.strerror}); nothing is left half-written") from error
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

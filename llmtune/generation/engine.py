@@ -115,10 +115,10 @@ def _compiled(
         """hidden [batch, 1, embed] -> the next token of each row."""
         logits = linear(hidden, model.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
 
-        def pick(logits: jax.Array, keys: jax.Array) -> jax.Array:
+        def pick(logits: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
             return select(logits[:, 0], jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampling)
 
-        return jax.sharding.auto_axes(pick, out_sharding=spec("batch"))(logits, keys)
+        return jax.sharding.auto_axes(pick, out_sharding=spec("batch"))(logits, keys, index)
 
     def prefill(params: Any, tokens: jax.Array, segments: jax.Array, positions: jax.Array, seed: jax.Array) -> Decoding:
         with strategy.active():

@@ -27,7 +27,7 @@ class ShardingError(ValueError):
     """A layout that does not fit: the tensor, its axis, the mesh axis, and which sizes would."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: a step is compiled for this very table
 class Strategy:
     """`axes`: logical axis -> mesh axes it is split over; `gather`: mesh axes over which weights are gathered before use."""
 

@@ -1,0 +1,68 @@
+"""`tokenizer.json`, read by the tokenizers library."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import tokenizers
+
+from llmtune.errors import LlmtuneFormatError
+from llmtune.tokenizers.settings import ending_ids, read_settings
+
+
+@final
+@dataclass(frozen=True)
+class TokenizerJson:
+    """Two copies of the same tokenizer: one that parses control tokens out of text, one that never does."""
+
+    plain: tokenizers.Tokenizer
+    special: tokenizers.Tokenizer
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    add_bos: bool
+
+    def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        reader = self.special if allow_special else self.plain
+        ids = reader.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return self.plain.decode(list(ids), skip_special_tokens=True)
+
+
+def read_tokenizer_json(directory: Path) -> TokenizerJson:
+    """The tokenizer of a directory that has a tokenizer.json."""
+    path = directory / "tokenizer.json"
+    try:
+        plain, special = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare exceptions of many kinds
+        raise LlmtuneFormatError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]})") from None
+    plain.encode_special_tokens = True
+    for reader in (plain, special):
+        reader.no_truncation()
+        reader.no_padding()
+    settings = read_settings(directory)
+    bos_id = plain.token_to_id(settings.bos) if settings.bos is not None else settings.bos_id
+    ids = plain.get_vocab(with_added_tokens=True).values()
+    return TokenizerJson(
+        plain,
+        special,
+        vocab_size=max(ids, default=-1) + 1,
+        bos_id=bos_id,
+        eos_ids=ending_ids(settings, plain.token_to_id, None),
+        add_bos=_adds_bos(content, settings.bos) if settings.add_bos is None else bool(settings.add_bos),
+    )
+
+
+def _adds_bos(content: dict, bos: str | None) -> bool:
+    """Whether the post-processor's template begins with the BOS token."""
+    processor = content.get("post_processor") or {}
+    steps = [processor, *processor.get("processors", [])]
+    templates = [step.get("single", []) for step in steps if step.get("type") == "TemplateProcessing"]
+    return any(t and bos is not None and t[0].get("SpecialToken", {}).get("id") == bos for t in templates)

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmtune.config import Run, load_run
+    from llmtune.config import Run
+    from llmtune.config_file import load_run
     from llmtune.errors import LlmtuneError
     from llmtune.model import Model, load
     from llmtune.training.loop import train
@@ -24,7 +25,7 @@ _HOMES = {
     "Model": "llmtune.model",
     "Run": "llmtune.config",
     "load": "llmtune.model",
-    "load_run": "llmtune.config",
+    "load_run": "llmtune.config_file",
     "train": "llmtune.training.loop",
 }
 

@@ -91,16 +91,16 @@ class Model:
         """
         if isinstance(prompts, str):
             raise LlmtuneConfigError("prompts: give a list of prompts, not one text")
-        texts = [isinstance(prompt, str) for prompt in prompts]
-        if any(texts) and not all(texts):
+        kinds = [isinstance(prompt, str) for prompt in prompts]
+        if any(kinds) and not all(kinds):
             raise LlmtuneConfigError("prompts: give either texts or lists of token ids, not both")
-        as_text, stops = bool(texts and texts[0]), [stop] if isinstance(stop, str) else list(stop)
+        as_text, stops = bool(kinds and kinds[0]), [stop] if isinstance(stop, str) else list(stop)
         if (as_text or stops) and self.tokenizer is None:
             raise LlmtuneConfigError(f"{self.source.name}: it has no tokenizer; give prompts as lists of token ids, no stop")
-        engine = Engine(self.config, self.bind, self.mesh, self.strategy)
-        completions = engine.generate(
+        rows = [encode_prompt(self.tokenizer, prompt) if as_text else list(map(int, prompt)) for prompt in prompts]
+        completions = Engine(self.config, self.bind, self.mesh, self.strategy).generate(
             self.params,
-            [encode_prompt(self.tokenizer, prompt) if as_text else list(map(int, prompt)) for prompt in prompts],
+            rows,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p),
             eos_ids=self.config.eos_token_ids,
@@ -109,7 +109,8 @@ class Model:
         )
         if not as_text:
             return [_cut_ids(self.tokenizer, completion, stops) for completion in completions]
-        return [_cut_text(self.tokenizer, completion, stops) for completion in completions]
+        texts = (decode_completion(self.tokenizer, *pair) for pair in zip(rows, completions, strict=True))
+        return [_cut_text(text, stops) for text in texts]
 
     def save(self, path: str | Path, *, dtype: str | None = None) -> None:
         """A merged Hugging Face directory. dtype None: each tensor's dtype on disk, however it was loaded."""
@@ -180,6 +181,13 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     return tokenizer.encode(prompt, bos=tokenizer.add_bos)
 
 
+def decode_completion(tokenizer: Tokenizer | None, prompt: list[int], completion: list[int]) -> str:
+    """What the completion adds to the prompt's text: its leading space too, which decoding it alone would lose."""
+    assert tokenizer is not None
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *completion])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion)
+
+
 @functools.lru_cache(maxsize=32)
 def _logits(bind: Callable[[Any], LanguageModel], strategy: Strategy) -> Callable[..., jax.Array]:
     def logits(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -214,7 +222,7 @@ def _run_directory(path: Path) -> tuple[str, list[Path]] | None:
         raise LlmtuneConfigError(f"{path}: this run has no export yet; let it finish (the same train command resumes it)")
     if not adapter.is_dir():
         return str(model), []
-    from llmtune.config import load_run
+    from llmtune.config_file import load_run
 
     return load_run(path / "config.yaml", ()).model, [adapter]
 
@@ -235,15 +243,15 @@ def _check_dtype(dtype: str) -> None:
 
 def _stopped(tokenizer: Tokenizer | None, completion: list[int], stops: Sequence[str]) -> int | None:
     """Where in the completion's text the first stop text begins."""
-    if not stops or tokenizer is None:
-        return None
-    text = tokenizer.decode(completion)
+    return _first_stop(tokenizer.decode(completion), stops) if stops and tokenizer is not None else None
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
     return min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=None)
 
 
-def _cut_text(tokenizer: Tokenizer | None, completion: list[int], stops: Sequence[str]) -> str:
-    assert tokenizer is not None
-    return tokenizer.decode(completion)[: _stopped(tokenizer, completion, stops)]
+def _cut_text(text: str, stops: Sequence[str]) -> str:
+    return text[: _first_stop(text, stops)]
 
 
 def _cut_ids(tokenizer: Tokenizer | None, completion: list[int], stops: Sequence[str]) -> list[int]:

@@ -27,7 +27,8 @@ class Display:
             disable=not self._live,
         )
         self._task: TaskID | None = None
-        self._name, self._total, self._done, self._spoke = "", 0, 0, 0.0
+        self._name, self._done, self._spoke = "", 0, 0.0
+        self._total: int | None = None
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -42,8 +43,8 @@ class Display:
         """A line that stays."""
         self._progress.console.print(text, markup=False)
 
-    def phase(self, name: str, total: int, done: int = 0) -> None:
-        """A new bar in place of the one before: `total` steps, `done` of them already."""
+    def phase(self, name: str, total: int | None, done: int = 0) -> None:
+        """A new bar in place of the one before: `total` steps (None: unknown), `done` of them already."""
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=total, completed=done, status="")
@@ -56,7 +57,8 @@ class Display:
             self._progress.update(self._task, advance=by, status=status)
         if not self._live and (time.monotonic() - self._spoke > QUIET_SECONDS or (self._done == self._total and status)):
             self._spoke = time.monotonic()
-            self.note(f"{self._name} {self._done}/{self._total} {status}".rstrip())
+            of = "" if self._total is None else f"/{self._total}"
+            self.note(f"{self._name} {self._done}{of} {status}".rstrip())
 
 
 def step_status(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The directory of a run: what belongs to it, and that nobody else's run is touched.
 
     config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
+    data.sha256      of the data files; a resumed run must see the same
     metrics.jsonl    an object per step
     checkpoints/     Orbax
     evaluation.json  held-out loss, perplexity and sample generations before and after
@@ -15,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from llmtune.config import Run, dump_run
+from llmtune.config import Run
+from llmtune.config_file import dump_run
 from llmtune.errors import LlmtuneConfigError, LlmtuneError
 from llmtune.training.metrics import MetricsFile
 
@@ -30,6 +32,11 @@ class RunDirectory:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """sha256 of the data files."""
+        return self.path / "data.sha256"
 
     @property
     def metrics(self) -> MetricsFile:
@@ -56,12 +63,17 @@ class RunDirectory:
         write_whole(self.path / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
 
 
-def claim(run: Run) -> RunDirectory:
-    """The run's directory, made or taken up again. Refuses one that holds something else."""
+def claim(run: Run, data_digest: str) -> RunDirectory:
+    """The run's directory, made or taken up again. Refuses one that holds something else, or whose data has changed."""
     directory = RunDirectory(Path(run.output).absolute())
     text = dump_run(run)
     if directory.config.exists():
         _refuse_another_run(directory, text)
+        if directory.data.exists() and directory.data.read_text(encoding="utf-8").strip() != data_digest:
+            raise LlmtuneConfigError(
+                f"output: {directory.path} was begun with other data (its files have changed since); "
+                "choose another directory, or restore the files"
+            )
         return directory
     if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
         raise LlmtuneConfigError(
@@ -69,6 +81,7 @@ def claim(run: Run) -> RunDirectory:
         )
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
+        write_whole(directory.data, data_digest + "\n")
         write_whole(directory.config, text)
     except OSError as error:
         raise LlmtuneError(f"output: {run.output} cannot be written ({error.strerror}); choose another directory") from None

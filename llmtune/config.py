@@ -1,0 +1,193 @@
+"""A run as frozen dataclasses, and the strict way from YAML to them.
+
+Every field carries its help text: the documentation and `llmtune train --help` are generated from here. Unknown keys, wrong
+types and impossible combinations are refused with the key's path, before anything is read or written.
+"""
+
+import math
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+from llmtune.errors import LlmtuneConfigError
+
+
+def key(help: str, default: Any = MISSING, **options: Any) -> Any:
+    """A dataclass field with its help text."""
+    metadata = {"help": help, **options}
+    if isinstance(default, (dict, list)) or is_dataclass(default):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read, and how it becomes rows of tokens."""
+
+    train: str | list[str] = key("a file of rows, or a list of files")
+    validation: str | list[str] | None = key("held-out rows, evaluated before, during and after", None)
+    format: Literal["auto", "tokens", "text", "prompt_completion"] = key("of the rows; auto looks at the first one", "auto")
+    sequence_length: int = key("tokens per row of the batch", 1024)
+    packing: bool = key("several documents per row, by a plan; each sees only itself", True)
+    shuffle: bool = key("a new order every epoch, from train.seed; false: file order", True)
+    too_long: Literal["truncate", "drop", "error"] = key("rows beyond sequence_length (text is split instead)", "truncate")
+    columns: dict[str, str] = key("other column names, e.g. {prompt: question, completion: answer}", {})
+    tokenizer: str | None = key("a directory with a tokenizer other than the model's", None)
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """A parameter transform; without this section all weights train."""
+
+    method: Literal["lora"] = key("which transform", "lora")
+    rank: int = key("of the low-rank factors", 16)
+    alpha: float = key("scale of the adapter: alpha / rank", 32)
+    targets: str | list[str] = key("all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear")
+    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
+    from_: str | None = key("a PEFT directory to continue: its rank, alpha and targets hold", None, alias="from")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How gradients become updates."""
+
+    name: Literal["adamw"] = key("AdamW as in torch: decoupled decay, eps outside the root", "adamw")
+    learning_rate: float = key("peak", 2e-4)
+    schedule: Literal["constant", "linear", "cosine"] = key("after warmup, down to final_fraction", "cosine")
+    warmup_steps: int = key("linear from 0 to the peak", 10)
+    final_fraction: float = key("of the peak, where linear and cosine end", 0.0)
+    weight_decay: float = key("decoupled", 0.0)
+    decay: Literal["all", "matrices"] = key("which trainable weights decay: all, or all but norms", "all")
+    b1: float = key("decay of the first moment", 0.9)
+    b2: float = key("decay of the second moment", 0.999)
+    eps: float = key("added to the root of the second moment", 1e-8)
+    clip_norm: float | None = key("largest global gradient norm; null: no clipping", 1.0)
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, how much at a time, in which precision."""
+
+    steps: int | None = key("optimizer updates; 200 where epochs is absent too", None)
+    epochs: float | None = key("instead of steps: passes over the training rows", None)
+    batch_size: int = key("rows per update, over all devices and hosts", 8)
+    microbatches: int = key("pieces in which a batch is computed; divides batch_size", 1)
+    dtype: Literal["bfloat16", "float32"] = key("of matmuls and activations; weights that train stay float32", "bfloat16")
+    remat: Literal["none", "block", "dots"] = key("what is computed again in the backward pass to save memory", "block")
+    seed: int = key("of data order and initial values", 0)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights and rows are spread over devices."""
+
+    strategy: str = key("a table of configs/strategies (fsdp, tensor), or the path of one", "fsdp")
+    mesh: dict[str, int] = key("size of each mesh axis; -1: what the others leave over; empty: chosen to fit", {})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run can be resumed from."""
+
+    every: int = key("steps between checkpoints (one is always written at the end)", 100)
+    keep: int = key("newest checkpoints that stay", 3)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out loss during training, and samples before and after."""
+
+    every: int | None = key("steps between evaluations; null: only before and after", 50)
+    max_batches: int | None = key("batches of validation data per evaluation; null: all", None)
+    prompts: list[str] = key("continued greedily before and after training", [])
+    max_new_tokens: int = key("length of those samples", 64)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run."""
+
+    model: str = key("a Hugging Face directory, or a preset of configs/models (random weights)")
+    output: str = key("the run's directory; the same configuration on it resumes")
+    data: Data = key("data")
+    objective: Literal["pretrain", "sft"] = key("pretrain: every token is a target; sft: completions are", "sft")
+    adapt: Adapt | None = key("a parameter transform; absent: full fine-tuning", None)
+    optimizer: Optimizer = key("optimizer", Optimizer())
+    train: Train = key("training", Train())
+    sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
+    checkpoint: Checkpoint = key("checkpoints", Checkpoint())
+    evaluate: Evaluate = key("evaluation", Evaluate())
+
+
+def check(run: Run) -> None:
+    """What no single field can say. Raises LlmtuneConfigError naming the key."""
+
+    def require(condition: bool, path: str, said: str) -> None:
+        if not condition:
+            raise LlmtuneConfigError(f"{path}: {said}")
+
+    data, adapt, optimizer, train = run.data, run.adapt, run.optimizer, run.train
+    files = [data.train] if isinstance(data.train, str) else data.train
+    require(bool(files) and all(files), "data.train", "no file is given")
+    require(data.sequence_length >= 2, "data.sequence_length", f"{data.sequence_length} is too short; 2 or more")
+    unknown = sorted(set(data.columns) - {"prompt", "completion", "text"})
+    require(not unknown, "data.columns", f"{unknown[:1]} is no column here; prompt, completion and text are")
+    require(train.steps is None or train.epochs is None, "train", "steps and epochs are both given; give one of them")
+    require(train.steps is None or train.steps > 0, "train.steps", f"{train.steps} must be positive")
+    require(train.epochs is None or 0 < train.epochs < math.inf, "train.epochs", f"{train.epochs} must be positive")
+    require(train.batch_size > 0, "train.batch_size", f"{train.batch_size} must be positive")
+    require(
+        train.microbatches > 0 and train.batch_size % train.microbatches == 0,
+        "train.microbatches",
+        f"{train.microbatches} does not divide train.batch_size {train.batch_size}",
+    )
+    require(0 <= train.seed < 2**31, "train.seed", f"{train.seed} must lie in 0..2147483647")
+    for name in ("learning_rate", "eps"):
+        value = getattr(optimizer, name)
+        require(0 < value < math.inf, f"optimizer.{name}", f"{value} must be a positive number")
+    for name in ("weight_decay", "final_fraction"):
+        value = getattr(optimizer, name)
+        require(0 <= value < math.inf, f"optimizer.{name}", f"{value} must be 0 or more")
+    for name in ("b1", "b2"):
+        value = getattr(optimizer, name)
+        require(0 <= value < 1, f"optimizer.{name}", f"{value} must lie in [0, 1)")
+    require(optimizer.warmup_steps >= 0, "optimizer.warmup_steps", f"{optimizer.warmup_steps} must be 0 or more")
+    require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "optimizer.clip_norm", "must be positive, or null for none")
+    if adapt is not None:
+        require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
+        require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")
+        require(bool(adapt.targets), "adapt.targets", "no target is given")
+    for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
+                        ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
+                        ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
+        require(value is None or value > 0, path, f"{value} must be positive")
+
+
+def key_reference(kind: type = Run, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(key path, type, default, help) of every key, sections followed by their keys."""
+    hints, rows = get_type_hints(kind), []
+    for entry in fields(kind):
+        path = f"{prefix}{entry.metadata.get('alias', entry.name)}"
+        section = next((part for part in _parts(hints[entry.name]) if is_dataclass(part)), None)
+        if section is not None:
+            rows += key_reference(section, f"{path}.")  # type: ignore[arg-type]
+        else:
+            rows.append((path, _type_text(hints[entry.name]), _default_text(entry), entry.metadata["help"]))
+    return rows
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__args__", None) or (hint,)
+
+
+def _type_text(hint: Any) -> str:
+    if getattr(hint, "__origin__", None) is Literal:
+        return " or ".join(map(str, hint.__args__))
+    text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", None) else str(hint)
+    return text.replace("typing.", "").replace("None", "null")
+
+
+def _default_text(entry: Field) -> str:
+    value = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    if value is MISSING:
+        return "required"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,192 @@
+"""YAML <-> `Run`, strictly: numbers as people write them, every mistake named by its path and, for typos, the nearest key."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from llmtune.config import Run, check, key_reference
+from llmtune.errors import LlmtuneConfigError
+
+LIMIT_BYTES, LIMIT_DEPTH = 1_000_000, 20
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans, no duplicate keys, no anchors, no tags."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses aliases (a few lines of them can expand to gigabytes) and deep nesting."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise LlmtuneConfigError(f"line {mark.line + 1}: YAML anchors and aliases are not read here; write the value out")
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > LIMIT_DEPTH:
+            raise LlmtuneConfigError(f"nested more than {LIMIT_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[-1] == "null"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        name = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(name, str):
+            raise LlmtuneConfigError(f"line {line}: the key {name!r} is not a name")
+        if name in result:
+            raise LlmtuneConfigError(f"line {line}: the key {name!r} stands twice; remove one of them")
+        result[name] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """The run of a YAML file, with `--section.key value` (or `--section.key=value`) pairs put over it."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        if len(raw) > LIMIT_BYTES:
+            raise LlmtuneConfigError(f"{path}: larger than {LIMIT_BYTES:,} bytes; this is no configuration")
+        tree = parse_yaml(raw.decode("utf-8"), str(path))
+    except OSError as error:
+        raise LlmtuneConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise LlmtuneConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not isinstance(tree, dict):
+        raise LlmtuneConfigError(f"{path}: a mapping of keys to values is expected")
+    for name, value in parse_overrides(overrides):
+        _put(tree, name, value)
+    return build_run(tree, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One document, by `StrictLoader`."""
+    try:
+        return yaml.load(text, StrictLoader)  # noqa: S506 - a SafeLoader
+    except LlmtuneConfigError as error:
+        raise LlmtuneConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise LlmtuneConfigError(f"{where}: {line}{getattr(error, 'problem', None) or 'not valid YAML'}") from None
+    except (ValueError, RecursionError) as error:
+        raise LlmtuneConfigError(f"{where}: not valid YAML ({error})") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """[(dotted key, value)]; values are read as YAML."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--"):
+            raise LlmtuneConfigError(f"{name!r}: overrides are written --section.key value")
+        name, given, value = name[2:].partition("=")
+        if not given:
+            if not rest:
+                raise LlmtuneConfigError(f"--{name}: a value is missing after it")
+            value = rest.pop(0)
+        pairs.append((name, parse_yaml(value, f"--{name}")))
+    return pairs
+
+
+def build_run(tree: Mapping[str, Any], where: str) -> Run:
+    """Validate a nested mapping. Raises LlmtuneConfigError for the first thing that is wrong."""
+    try:
+        run = _adapter().validate_json(json.dumps(tree))
+    except ValidationError as error:
+        found = sorted(error.errors(), key=lambda one: one["type"] not in UNKNOWN_KEY)  # a typo also makes a key missing
+        raise LlmtuneConfigError(f"{where}: {_explain(found[0])}") from None
+    try:
+        check(run)
+    except LlmtuneConfigError as error:
+        raise LlmtuneConfigError(f"{where}: {error}") from None
+    return run
+
+
+def dump_run(run: Run) -> str:
+    """YAML that loads back to an equal run, every default written out."""
+    return yaml.safe_dump(_plain(run), sort_keys=False, allow_unicode=True, width=120)
+
+
+_ADAPTERS: dict[type, TypeAdapter] = {}
+
+
+def _adapter() -> TypeAdapter:
+    """pydantic over the plain dataclasses: unknown keys forbidden, no coercion (its strict mode reads objects from JSON only)."""
+    if Run not in _ADAPTERS:
+        for kind in _sections(Run):
+            kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, populate_by_name=False)  # type: ignore[attr-defined]
+        _ADAPTERS[Run] = TypeAdapter(Run)
+    return _ADAPTERS[Run]
+
+
+def _sections(kind: type) -> list[type]:
+    hints = get_type_hints(kind)
+    inner = [part for hint in hints.values() for part in (getattr(hint, "__args__", None) or (hint,))]
+    return [kind, *(found for part in inner if dataclasses.is_dataclass(part) for found in _sections(part))]  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    entries = ((entry.metadata.get("alias", entry.name), getattr(value, entry.name)) for entry in dataclasses.fields(value))
+    return {name: _plain(own) for name, own in entries if not (own is None and name in ("adapt", "sharding"))}
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        below = tree.get(section)
+        if below is None:
+            below = tree[section] = {}
+        if not isinstance(below, dict):
+            raise LlmtuneConfigError(f"--{name}: {section} is no section")
+        tree = below
+    tree[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One line from pydantic's first finding."""
+    path = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
+    kind, given = error["type"], error.get("input")
+    if kind in UNKNOWN_KEY:
+        known = [row[0] for row in key_reference()]
+        known += sorted({prefix for row in known for prefix in _prefixes(row)})
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "; llmtune train --help lists all keys")
+    if kind in ("missing", "missing_argument"):
+        return f"{path}: this key is required"
+    expected = error["msg"].removeprefix("Input should be ").replace("dictionary or an instance of", "section")
+    return f"{path}: {given!r} is not {expected}"
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _is_branch(part: Any) -> bool:
+    """pydantic names the branch of a union in the location of an error."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())

@@ -1,0 +1,7 @@
+"""From files of rows to batches of tokens: deterministic, resumable, packed by a plan."""
+
+from llmtune.data.batches import BatchSource, HostBatch, evaluation_batches, read_batches
+from llmtune.data.dataset import Counts, Dataset
+from llmtune.data.run_data import RunData, load_data
+
+__all__ = ["BatchSource", "Counts", "Dataset", "HostBatch", "RunData", "evaluation_batches", "load_data", "read_batches"]

@@ -1,0 +1,103 @@
+"""Batches as a pure function of the step: (data set, plan, step) -> int32 [batch, sequence_length] arrays.
+
+    tokens        ids, 0 on padding (padding is known by segment_ids, never by id)
+    labels        aligned with tokens; -100 where there is no loss, and on the first token of each document
+    segment_ids   0 on padding, 1.. for the documents of a row
+    positions     index within the document
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import grain
+import numpy as np
+
+from llmtune.data.dataset import Dataset
+from llmtune.data.formats import IGNORED
+from llmtune.data.packing import Plan, plan_epoch
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Random access by step; host `process` of `processes` gets its slice of each global batch."""
+
+    dataset: Dataset
+    batch_size: int
+    sequence_length: int
+    seed: int
+    packing: bool
+    shuffle: bool
+    steps: int
+    process: int = 0
+    processes: int = 1
+    plans: dict[int, Plan] = field(default_factory=dict)  # by epoch, as they are needed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> HostBatch:
+        share = self.batch_size // self.processes
+        first = step * self.batch_size + self.process * share
+        return assemble([self._row(first + k) for k in range(share)], self.dataset, self.sequence_length)
+
+    def _row(self, index: int) -> np.ndarray:
+        """The examples of global row `index`; epochs follow each other without a gap."""
+        epoch = 0
+        while index >= len(plan := self._plan(epoch)):
+            index, epoch = index - len(plan), epoch + 1
+        return plan.row(index)
+
+    def _plan(self, epoch: int) -> Plan:
+        if epoch not in self.plans:  # two threads may compute the same plan: it is the same plan
+            self.plans[epoch] = plan_epoch(
+                self.dataset.lengths,
+                self.sequence_length,
+                seed=self.seed,
+                epoch=epoch,
+                packing=self.packing,
+                shuffle=self.shuffle,
+            )
+        return self.plans[epoch]
+
+    def rows_in(self, epochs: float) -> int:
+        """Rows of that many epochs, rounded up."""
+        whole = int(epochs)
+        rest = int(np.ceil((epochs - whole) * len(self._plan(whole)))) if epochs > whole else 0
+        return sum(len(self._plan(epoch)) for epoch in range(whole)) + rest
+
+
+def assemble(rows: list[np.ndarray], dataset: Dataset, sequence_length: int) -> HostBatch:
+    """Fill rows with the examples they were planned to hold; an empty list of examples is a row of padding."""
+    shape = (len(rows), sequence_length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch["labels"] = np.full(shape, IGNORED, np.int32)
+    for r, examples in enumerate(rows):
+        at = 0
+        for segment, example in enumerate(examples.tolist(), 1):
+            ids, labels = dataset.example(example)
+            span = slice(at, at + len(ids))
+            batch["tokens"][r, span] = ids
+            batch["labels"][r, span] = labels
+            batch["labels"][r, at] = IGNORED
+            batch["segment_ids"][r, span] = segment
+            batch["positions"][r, span] = np.arange(len(ids))
+            at += len(ids)
+    return batch
+
+
+def read_batches(source: BatchSource, start: int) -> Iterator[HostBatch]:
+    """Batches from step `start` to the last, read ahead on threads."""
+    batches = grain.MapDataset.source(source)[start:]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(batches.to_iter_dataset(options))
+
+
+def evaluation_batches(dataset: Dataset, batch_size: int, sequence_length: int, limit: int | None) -> list[HostBatch]:
+    """Every example exactly once, packed; the last batch is filled up with padding. `limit`: at most so many batches."""
+    plan = plan_epoch(dataset.lengths, sequence_length, seed=0, epoch=0, packing=True, shuffle=False)
+    rows = [plan.row(r) for r in range(len(plan))]
+    rows += [np.zeros(0, np.int64)] * (-len(rows) % batch_size)
+    groups = [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+    return [assemble(group, dataset, sequence_length) for group in groups[:limit]]

@@ -1,0 +1,94 @@
+"""All examples of a data set, tokenised once into flat arrays, with a count of what became of the rows."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmtune.data.formats import IGNORED, Example
+from llmtune.errors import LlmtuneDataError
+
+
+@dataclass
+class Counts:
+    """What was read: rows of the files, what was cut or left out, and what is left to train on."""
+
+    rows: int = 0
+    examples: int = 0
+    split: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    def describe(self) -> str:
+        """`7,473 rows, 1.2M tokens (0.8M targets), 12 truncated`."""
+        notes = [f"{getattr(self, name):,} {name}" for name in ("split", "truncated", "dropped") if getattr(self, name)]
+        parts = [f"{self.rows:,} rows", f"{self.tokens:,} tokens ({self.targets:,} targets)", *notes]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Example i is `input_ids[offsets[i]:offsets[i + 1]]` with `labels` alike, both int32."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels) of one example."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.input_ids[span], self.labels[span]
+
+
+def collect(examples: Iterable[Example], sequence_length: int, too_long: str, *, name: str) -> Dataset:
+    """Fit examples to the sequence length: text is split without loss, other rows are cut, left out or refused."""
+    counts, ids, labels = Counts(), [], []
+    for example in examples:
+        counts.rows += 1
+        for part in _fit(example, sequence_length, too_long, counts):
+            ids.append(part.input_ids)
+            labels.append(part.labels)
+            counts.targets += int(np.count_nonzero(part.labels[1:] != IGNORED))
+    if not ids:
+        what = "every row was left out" if counts.rows else "there are no rows"
+        raise LlmtuneDataError(f"{name}: nothing to train on: {what} (data.sequence_length {sequence_length})")
+    counts.examples = len(ids)
+    counts.tokens = sum(map(len, ids))
+    offsets = np.cumsum([0, *map(len, ids)])
+    return Dataset(np.concatenate(ids), np.concatenate(labels), offsets, counts)
+
+
+def _fit(example: Example, limit: int, too_long: str, counts: Counts) -> Iterator[Example]:
+    length = len(example.input_ids)
+    if length <= limit:
+        yield example
+    elif example.splittable:
+        counts.split += 1
+        for start in range(0, length - 1, limit):  # a last piece of one token would have no target
+            yield _piece(example, start, start + limit)
+    elif too_long == "error":
+        raise LlmtuneDataError(
+            f"{example.where}: {length} tokens, data.sequence_length is {limit}; raise it, or set data.too_long to truncate or drop"
+        )
+    else:
+        cut = _piece(example, 0, limit)
+        if too_long == "drop" or not np.any(cut.labels[1:] != IGNORED):  # what was cut off were all its targets
+            counts.dropped += 1
+        else:
+            counts.truncated += 1
+            yield cut
+
+
+def _piece(example: Example, start: int, end: int) -> Example:
+    return Example(example.input_ids[start:end], example.labels[start:end], example.where)

@@ -77,13 +77,14 @@ def save_directory(
     config: ModelConfig,
     hf_config: Mapping[str, Any],
     source: Path | None,
+    companions: Path | None,
     *,
     dtype: str | None = None,
     stored_dtype: str = "float32",
     max_shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done: None,
 ) -> None:
-    """A complete Hugging Face directory: weights, config.json, and what lies beside the weights in `source`.
+    """A complete Hugging Face directory: weights, config.json, and the tokenizer and notices that lie in `companions`.
 
     Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`.
     """
@@ -99,8 +100,8 @@ def save_directory(
     with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)
         write_json(partial / "config.json", _config_json(config, hf_config, dtype))
-        if source is not None:
-            copy_companions(source, partial)
+        if companions is not None:
+            copy_companions(companions, partial)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -49,14 +49,13 @@ class Source:
 
 def open_source(name: str) -> Source:
     """A Hugging Face directory, something shipped with llmtune (`llmtune:starter`), or a preset of configs/models."""
-    path = resolve(name)
-    if path.is_dir():
-        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path)
-    presets = configs_directory() / "models"
+    path, presets = resolve(name), configs_directory() / "models"
     preset = presets / f"{name}.yaml"
-    if "/" not in name and preset.is_file():
+    if "/" not in name and preset.is_file() and not (path / "config.json").exists():
         raw = yaml.safe_load(preset.read_text(encoding="utf-8"))
         return Source(name, hf_config.parse_model_config(raw, None, str(preset)), raw, None)
+    if path.is_dir():
+        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path)
     known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
     raise LlmtuneConfigError(f"model: {name!r} is neither a directory nor a preset (presets: {known})")
 
@@ -85,12 +84,12 @@ def save(
     source: Source,
     *,
     dtype: str | None = None,
-    stored_dtype: str = "float32",
+    companions: Path | None = None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """A merged Hugging Face directory; config and tokenizer beside the weights.
+    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source) beside the weights.
 
-    Each tensor in `dtype`, or in its dtype on disk where that is None (`stored_dtype` for a preset, which has none).
+    Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
     """
     weights = weights_by_path(params)
 
@@ -106,8 +105,9 @@ def save(
         source.config,
         source.hf_config,
         source.directory,
+        companions or source.directory,
         dtype=dtype,
-        stored_dtype=stored_dtype,
+        stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
         progress=progress,
     )
 

@@ -7,12 +7,17 @@ from typing import Any
 from llmtune import pretrained
 
 
-def export_run(directory: Path, params: Any, source: pretrained.Source, *, adapted: bool) -> dict[str, Path]:
-    """`{"model": ..., "adapter": ...}`, each complete or absent. What an interrupted export left is replaced."""
+def export_run(
+    directory: Path, params: Any, source: pretrained.Source, *, tokenizer: Path | None, adapted: bool
+) -> dict[str, Path]:
+    """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
+
+    `tokenizer`: the directory of one other than the model's own.
+    """
     written = {"model": directory / "model"} | ({"adapter": directory / "adapter"} if adapted else {})
     for path in written.values():
         shutil.rmtree(path, ignore_errors=True)
-    pretrained.save(written["model"], params, source)
+    pretrained.save(written["model"], params, source, companions=tokenizer)
     if adapted:
         pretrained.save_adapter(written["adapter"], params, source)
     return written

@@ -19,6 +19,7 @@ from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
 from llmtune.sharding import Strategy, axis_size
+from llmtune.shipped import resolve
 from llmtune.training import samples
 from llmtune.training.checkpoint import Checkpoints
 from llmtune.training.display import Display, step_status
@@ -101,7 +102,8 @@ def train(run: Run, display: Display | None = None) -> Summary:
             after = evaluator.record(directory, "after", state, frozen)
             params = combine(state.trainable, frozen)
             display.phase("exporting", total=None)
-            exports = export_run(directory.export, params, source, adapted=run.adapt is not None)
+            tokenizer = None if run.data.tokenizer is None else resolve(run.data.tokenizer)
+            exports = export_run(directory.export, params, source, tokenizer=tokenizer, adapted=run.adapt is not None)
         summary = Summary(directory.path, steps, before, after, exports)
         conclude(display, summary, directory)
         return summary

@@ -1,0 +1,1 @@
+"""How the embedded starter model is made: grammar -> corpus -> tokenizer -> pre-training -> Hugging Face directory."""

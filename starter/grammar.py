@@ -77,20 +77,24 @@ def tell(scene: Scene, rng: random.Random) -> list[str]:
         f"Then {s.friend} the {s.friend_animal} brought {s.number} {s.food}.",
     ))  # fmt: skip
     move = rng.choice((
-        f"They took the {s.thing} to the {s.next_place}.",
+        f"They took the {s.colour} {s.thing} to the {s.next_place}.",
         f"Together they went to the {s.next_place}.",
         f"{s.name} and {s.friend} ran to the {s.next_place}.",
     ))  # fmt: skip
+    pair = rng.sample(rng.choice(OPPOSITES), 2)
     speech = rng.choice((
         f'"What a fine {s.thing}," said {s.friend}.',
         f'"May I have some {s.food}?" asked {s.name}.',
         f'"The {s.next_place} is not far," said {s.friend}.',
         f"{rng.choice(WEATHER)}.",
+        f"The {s.thing} was not {pair[0]} but {pair[1]}.",
     ))  # fmt: skip
     ending = rng.choice((
         f"In the evening {s.name} was {s.mood}.",
         f"{s.friend} was {s.mood}, and so was {s.name}.",
-        f"They ate the {s.food} and went home.",
+        f"They ate the {s.number} {s.food} and went home.",
+        f"It was {s.name} who {s.verb[1]} the {s.thing} at the {s.place}.",
+        f"{s.name} the {s.animal} and {s.friend} the {s.friend_animal} were {s.mood}.",
     ))  # fmt: skip
     return [opening, deed, meeting, move, speech, ending]
 

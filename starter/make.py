@@ -23,7 +23,7 @@ WORK = ROOT / "runs" / "starter"
 TARGET = ROOT / "llmtune" / "starter"
 RECIPE = ROOT / "configs" / "recipes" / "starter_pretrain.yaml"
 STORIES, HELD_OUT_STORIES = 40_000, 200
-INSTRUCTIONS, HELD_OUT_INSTRUCTIONS = 800, 100
+INSTRUCTIONS, HELD_OUT_INSTRUCTIONS = 1500, 100
 VOCABULARY = 1024
 BOS, EOS = "<s>", "</s>"
 

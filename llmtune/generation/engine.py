@@ -111,14 +111,14 @@ def _compiled(
     """The two jitted functions of one setting; kept, so that a second call of the same shape compiles nothing."""
     select = greedy if sampling.temperature == 0.0 else draw
 
-    def choose(model: LanguageModel, hidden: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
-        """hidden [batch, 1, embed] -> the next token of each row."""
+    def choose(model: LanguageModel, hidden: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
+        """hidden [batch, 1, embed] -> the next token of each row, which will stand at `positions` [batch]."""
         logits = linear(hidden, model.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
 
-        def pick(logits: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
-            return select(logits[:, 0], jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampling)
+        def pick(logits: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
+            return select(logits[:, 0], jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
-        return jax.sharding.auto_axes(pick, out_sharding=spec("batch"))(logits, keys, index)
+        return jax.sharding.auto_axes(pick, out_sharding=spec("batch"))(logits, keys, positions)
 
     def prefill(params: Any, tokens: jax.Array, segments: jax.Array, positions: jax.Array, seed: jax.Array) -> Decoding:
         with strategy.active():
@@ -130,10 +130,11 @@ def _compiled(
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
             index = jnp.int32(seq)
-            last = choose(model, hidden[:, -1:], keys, index)
+            following = positions[:, -1] + 1
+            last = choose(model, hidden[:, -1:], keys, following)
             alive = segments[:, -1]
             grown = jnp.concatenate([segments, jnp.broadcast_to(alive[:, None], (batch, length - seq))], axis=1)
-            return Decoding(index, last, alive == 0, grown, positions[:, -1] + 1, keys, cache)
+            return Decoding(index, last, alive == 0, grown, following, keys, cache)
 
     def one(params: Any, state: Decoding) -> Decoding:
         model = bind(params)
@@ -141,7 +142,7 @@ def _compiled(
         hidden, cache = model.decoder().hidden(
             state.last[:, None], state.positions[:, None], attend, cache=state.cache, dtype=model.dtype
         )
-        following = choose(model, hidden, state.keys, state.index + 1)
+        following = choose(model, hidden, state.keys, state.positions + 1)
         done = state.done | functools.reduce(jnp.logical_or, [state.last == eos for eos in eos_ids], state.done)
         return Decoding(state.index + 1, following, done, state.segment_ids, state.positions + 1, state.keys, cache)
 

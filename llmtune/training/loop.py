@@ -158,7 +158,8 @@ def compile_step(step: TrainStep, state: TrainState, frozen: Any, batch: Any) ->
 def to_numbers(metrics: Metrics) -> dict[str, float | int]:
     """Device scalars as Python numbers; counts of tokens as integers."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    return {name: int(value) if name.endswith("tokens") else value for name, value in values.items()}
+    ordered = sorted(values, key=lambda name: (name != "loss", name))
+    return {name: int(values[name]) if name.endswith("tokens") else values[name] for name in ordered}
 
 
 def place_batch(batch: HostBatch, *, mesh: Mesh, strategy: Strategy) -> dict[str, jax.Array]:

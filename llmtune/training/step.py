@@ -32,7 +32,7 @@ def make_train_step(
     strategy: Strategy,
     microbatches: int,
 ) -> TrainStep:
-    """Metrics, float32 scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (targets)."""
+    """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`."""
 
     def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
@@ -51,7 +51,8 @@ def make_train_step(
             "loss": loss / total,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": weight,
+            "tokens": (batch["segment_ids"] > 0).sum(),
+            "target_tokens": weight,
         }
         return TrainState(state.step + 1, trainable, opt_state), metrics
 

@@ -2,12 +2,14 @@
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
@@ -47,8 +49,11 @@ class Summary:
     exports: dict[str, Path]
 
 
-def train(run: Run, display: Display | None = None) -> Summary:
-    """Carry out a run, or take it up where its last checkpoint left it. Raises LlmtuneError for what a user can mend."""
+def train(run: Run, display: Display | None = None, devices: Sequence[jax.Device] | None = None) -> Summary:
+    """Carry out a run, or take it up where its last checkpoint left it, on `devices` (default: all there are).
+
+    Raises LlmtuneError for what a user can mend.
+    """
     with display or Display() as display:
         source = pretrained.open_source(run.model)
         display.phase("tokenising", total=None)
@@ -56,8 +61,8 @@ def train(run: Run, display: Display | None = None) -> Summary:
         steps = data.steps(run)
 
         _, declared = declare(source.config)
-        mesh, strategy = choose_layout(run.sharding, declared)
-        check_rows(run, mesh, strategy)
+        mesh, strategy = choose_layout(run.sharding, declared, devices)
+        multiple = row_multiple(run, mesh, strategy)
         directory = claim(run, data.digest)
 
         with jax.set_mesh(mesh):
@@ -77,7 +82,7 @@ def train(run: Run, display: Display | None = None) -> Summary:
             )
             objective = OBJECTIVES[run.objective]
             step = make_train_step(bind, objective, optimizer, schedule, strategy, run.train.microbatches)
-            place = functools.partial(place_batch, mesh=mesh, strategy=strategy)
+            place = functools.partial(place_batch, mesh=mesh, strategy=strategy, multiple=multiple)
             evaluator = Evaluator(
                 run,
                 data.validation,
@@ -162,21 +167,22 @@ def to_numbers(metrics: Metrics) -> dict[str, float | int]:
     return {name: int(values[name]) if name.endswith("tokens") else values[name] for name in ordered}
 
 
-def place_batch(batch: HostBatch, *, mesh: Mesh, strategy: Strategy) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, onto the mesh."""
+def place_batch(batch: HostBatch, *, mesh: Mesh, strategy: Strategy, multiple: int) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, filled up with empty rows to a `multiple`, onto the mesh."""
     layout = NamedSharding(mesh, strategy.spec("batch", "seq"))
-    return {name: jax.make_array_from_process_local_data(layout, rows) for name, rows in batch.items()}
+    extra = -len(batch["tokens"]) % multiple
+    filled = {name: np.pad(rows, ((0, extra), (0, 0))) for name, rows in batch.items()}  # segment 0: seen by nobody
+    return {name: jax.make_array_from_process_local_data(layout, rows) for name, rows in filled.items()}
 
 
-def check_rows(run: Run, mesh: Mesh, strategy: Strategy) -> None:
-    """The rows of a microbatch must divide over the devices that share them."""
-    ways = axis_size(mesh, strategy.spec("batch")[0])
-    rows = run.train.batch_size // run.train.microbatches
-    if rows % ways:
+def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:
+    """Rows per process must be a multiple of this, for every microbatch to divide over the devices that share it."""
+    ways = axis_size(mesh, strategy.spec("batch")[0]) * run.train.microbatches
+    if run.train.batch_size % jax.process_count():
         raise LlmtuneConfigError(
-            f"train.batch_size: {rows} rows per microbatch cannot be spread over {ways} devices; "
-            f"use a multiple of {ways * run.train.microbatches}, or a mesh with fewer on that axis"
+            f"train.batch_size: {run.train.batch_size} rows cannot be shared by {jax.process_count()} processes"
         )
+    return max(1, ways // jax.process_count())
 
 
 def resume(
@@ -213,6 +219,12 @@ def describe(
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {strategy.name}")
+    extra = -run.train.batch_size % (row_multiple(run, mesh, strategy) * jax.process_count())
+    if extra:
+        display.note(
+            f"note: {extra} empty rows are added to each batch of {run.train.batch_size} to spread it evenly; "
+            f"a batch_size of {run.train.batch_size + extra} would cost the same"
+        )
 
 
 def conclude(display: Display, summary: Summary, directory: RunDirectory) -> None:

@@ -1,8 +1,10 @@
 """From a run's configuration to the weights it trains: which base, which transform, what stays frozen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from llmtune import pretrained
@@ -23,12 +25,14 @@ class Weights:
     frozen: Any
 
 
-def choose_layout(sharding: Sharding | None, declared: Any) -> tuple[Mesh, Strategy]:
+def choose_layout(
+    sharding: Sharding | None, declared: Any, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, Strategy]:
     """The mesh and the strategy table of a run; without a section, fsdp over all devices."""
     strategy = load_strategy("fsdp" if sharding is None else sharding.strategy, configs_directory() / "strategies")
     if sharding is not None and sharding.mesh:
-        return make_mesh(sharding.mesh), strategy
-    return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy)), strategy
+        return make_mesh(sharding.mesh, devices), strategy
+    return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy), devices), strategy
 
 
 def choose_transform(adapt: Adapt | None, source: pretrained.Source) -> Transform:

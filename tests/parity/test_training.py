@@ -1,0 +1,118 @@
+"""Twenty steps on fixed batches against torch's AdamW on transformers (+ peft): losses to 1e-4, gradient norms to 1e-3."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import llmtune
+from tests.parity.torch_training import cosine, load_peer, train_peer
+
+STEPS = 20
+SETTINGS = {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "clip_norm": 1.0}
+
+
+@pytest.fixture(scope="module")
+def batches(assets):
+    """int [20, 4, 64] real text, some targets masked raggedly."""
+    tokens = np.load(assets / "derived" / "gsm8k_batches.npz")["full_and_lora_train"]
+    labels = tokens.copy()
+    for step in range(STEPS):
+        for row in range(4):
+            labels[step, row, : (7 * step + 13 * row) % 50] = -100
+    return tokens, labels
+
+
+def write_rows(path, tokens, labels):
+    rows = zip(tokens.reshape(-1, tokens.shape[-1]).tolist(), labels.reshape(-1, labels.shape[-1]).tolist(), strict=True)
+    path.write_text("".join(json.dumps({"input_ids": i, "labels": ls}) + "\n" for i, ls in rows))
+    return path
+
+
+def run_config(tmp_path, model, data, name="run", **sections):
+    tree = {
+        "model": str(model),
+        "output": str(tmp_path / name),
+        "objective": "sft",
+        "data": {"train": str(data), "format": "tokens", "sequence_length": 64, "packing": False, "shuffle": False},
+        "optimizer": {"learning_rate": 1e-3, **SETTINGS},
+        "train": {"steps": STEPS, "batch_size": 4, "dtype": "float32"},
+        **{name: own for name, own in sections.items() if own is not None},
+    }
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return llmtune.load_run(path)
+
+
+def curve(run, devices=1):
+    llmtune.train(run, devices=jax.devices()[:devices])
+    rows = [json.loads(line) for line in open(f"{run.output}/metrics.jsonl")]
+    return np.array([row["loss"] for row in rows]), np.array([row["grad_norm"] for row in rows])
+
+
+def fresh_adapter(model_directory, path, **settings):
+    """A peft adapter whose B is not zero, so that everything shows from the first step."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        init_lora_weights=False, task_type="CAUSAL_LM", **settings,
+    )  # fmt: skip
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_directory), config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3])
+def test_full_fine_tuning_follows_torch(stories, batches, tmp_path, learning_rate):
+    data = write_rows(tmp_path / "rows.jsonl", *batches)
+    losses, norms = curve(run_config(tmp_path, stories, data))
+    peer = train_peer(
+        load_peer(stories), zip(*batches, strict=True),
+        learning_rate=learning_rate, schedule=cosine(STEPS, 3), weight_decay=0.1, clip_norm=1.0,
+    )  # fmt: skip
+    np.testing.assert_allclose(losses, [loss for loss, _ in peer], rtol=1e-4)
+    np.testing.assert_allclose(norms, [norm for _, norm in peer], rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"r": 8, "lora_alpha": 16}, {"r": 4, "lora_alpha": 8, "use_rslora": True}], ids=["lora", "rslora"])
+def test_lora_follows_peft_from_the_same_adapter(stories, batches, tmp_path, settings):
+    adapter = fresh_adapter(stories, tmp_path / "adapter", **settings)
+    data = write_rows(tmp_path / "rows.jsonl", *batches)
+    losses, norms = curve(run_config(tmp_path, stories, data, adapt={"from": str(adapter)}))
+    model = load_peer(stories, adapter)
+    peer = train_peer(
+        model, zip(*batches, strict=True), learning_rate=1e-3, schedule=cosine(STEPS, 3), weight_decay=0.1, clip_norm=1.0
+    )
+    np.testing.assert_allclose(losses, [loss for loss, _ in peer], rtol=1e-4)
+    np.testing.assert_allclose(norms, [norm for _, norm in peer], rtol=1e-3)
+
+    tokens = torch.tensor(batches[0][0])
+    exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories), tmp_path / "run/export/adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/model").eval()
+    with torch.no_grad():
+        trained, theirs, whole = (m(tokens).logits.numpy() for m in (model.eval(), exported, merged))
+    ours = llmtune.load(tmp_path / "run")
+    assert ours.params["layers"][0]["attention"]["q"]["kernel"].rslora == settings.get("use_rslora", False)
+    np.testing.assert_allclose(ours.logits(tokens.numpy()), theirs, atol=1e-4)
+    np.testing.assert_allclose(whole, theirs, atol=1e-4)
+    np.testing.assert_allclose(trained, theirs, atol=2e-3)  # twenty steps of two implementations apart
+
+
+@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+def test_microbatches_of_unequal_token_counts_change_nothing(stories, batches, tmp_path, adapt):
+    tokens, labels = batches
+    labels = labels.copy()
+    labels[:, 1] = -100  # a row, and with four microbatches a whole microbatch, of very few targets
+    labels[:, 1, 40:43] = tokens[:, 1, 40:43]
+    data = write_rows(tmp_path / "rows.jsonl", tokens, labels)
+    curves = [
+        curve(run_config(tmp_path, stories, data, name=f"run{pieces}", adapt=adapt,
+                         train={"steps": 6, "batch_size": 4, "dtype": "float32", "microbatches": pieces}))
+        for pieces in (1, 2, 4)
+    ]  # fmt: skip
+    for losses, norms in curves[1:]:
+        np.testing.assert_allclose(losses, curves[0][0], rtol=1e-6)
+        np.testing.assert_allclose(norms, curves[0][1], rtol=1e-5)

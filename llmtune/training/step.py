@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from llmtune.objectives.record import Batch, Model, Objective
-from llmtune.sharding import Strategy
+from llmtune.sharding import Strategy, spec
 from llmtune.training.state import TrainState
 from llmtune.transforms import combine
 
@@ -85,5 +85,7 @@ def accumulate(gradient: Callable, microbatches: int, trainable: Any, frozen: An
 
 
 def split_rows(rows: jax.Array, pieces: int) -> jax.Array:
-    """[B, ...] -> [pieces, B / pieces, ...], each piece spread over the devices like the whole (rows are interleaved)."""
-    return rows.reshape(rows.shape[0] // pieces, pieces, *rows.shape[1:]).swapaxes(0, 1)
+    """[B, S] -> [pieces, B / pieces, S], each piece spread over the devices like the whole (rows are interleaved)."""
+    batch, seq = rows.shape
+    split = jnp.reshape(rows, (batch // pieces, pieces, seq), out_sharding=spec("batch", None, "seq"))
+    return split.swapaxes(0, 1)

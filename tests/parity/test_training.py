@@ -55,23 +55,27 @@ def curve(run, devices=1):
 
 
 def fresh_adapter(model_directory, path, **settings):
-    """A peft adapter whose B is not zero, so that everything shows from the first step."""
+    """peft's own initial adapter, with a small B in place of zeros, so that everything shows from the first step.
+
+    (A large random B breaks the model: then torch in float32 and torch in float64 part by 4e-3 within twenty steps.)
+    """
     torch.manual_seed(0)
-    config = LoraConfig(
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        init_lora_weights=False, task_type="CAUSAL_LM", **settings,
-    )  # fmt: skip
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_directory), config).save_pretrained(path)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_directory), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(path)
     return path
 
 
-@pytest.mark.parametrize("learning_rate", [1e-3])
-def test_full_fine_tuning_follows_torch(stories, batches, tmp_path, learning_rate):
+def test_full_fine_tuning_follows_torch(stories, batches, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", *batches)
     losses, norms = curve(run_config(tmp_path, stories, data))
     peer = train_peer(
         load_peer(stories), zip(*batches, strict=True),
-        learning_rate=learning_rate, schedule=cosine(STEPS, 3), weight_decay=0.1, clip_norm=1.0,
+        learning_rate=1e-3, schedule=cosine(STEPS, 3), weight_decay=0.1, clip_norm=1.0,
     )  # fmt: skip
     np.testing.assert_allclose(losses, [loss for loss, _ in peer], rtol=1e-4)
     np.testing.assert_allclose(norms, [norm for _, norm in peer], rtol=1e-3)

@@ -33,3 +33,11 @@ def stories(assets) -> Path:
 def starter() -> Path:
     """The embedded model: always at hand."""
     return ROOT / "llmtune" / "starter"
+
+
+@pytest.fixture(scope="session")
+def batches(assets):
+    """(tokens, labels), int [20, 4, 64]."""
+    from tests.runs import fixed_batches
+
+    return fixed_batches(assets)

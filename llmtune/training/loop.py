@@ -127,7 +127,7 @@ def run_steps(
     directory: RunDirectory,
     display: Display,
 ) -> TrainState:
-    """The loop itself: one compiled step, metrics written one step behind so that the device never waits for the host."""
+    """The loop itself: one compiled step; the next batch is read and placed while the device computes."""
     first = int(state.step)
     if first >= steps:
         return state
@@ -139,7 +139,7 @@ def run_steps(
     clock = time.perf_counter()
     for number in range(first + 1, steps + 1):
         state, metrics = compiled(state, frozen, batch)
-        batch = next(batches, None)  # read and placed while the device computes
+        batch = next(batches, None)
         row = {"step": number, **to_numbers(metrics)}
         row["tokens_per_second"] = row["tokens"] / max(time.perf_counter() - clock, 1e-9)
         if run.evaluate.every is not None and (number % run.evaluate.every == 0 or number == steps):

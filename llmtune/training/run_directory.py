@@ -1,6 +1,7 @@
 """The directory of a run: what belongs to it, and that nobody else's run is touched.
 
     config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
+                     (all but `sharding`: a run may go on, on other devices)
     data.sha256      of the data files; a resumed run must see the same
     metrics.jsonl    an object per step
     checkpoints/     Orbax
@@ -69,6 +70,7 @@ def claim(run: Run, data_digest: str) -> RunDirectory:
     text = dump_run(run)
     if directory.config.exists():
         _refuse_another_run(directory, text)
+        write_whole(directory.config, text)
         if directory.data.exists() and directory.data.read_text(encoding="utf-8").strip() != data_digest:
             raise LlmtuneConfigError(
                 f"output: {directory.path} was begun with other data (its files have changed since); "
@@ -100,7 +102,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def _refuse_another_run(directory: RunDirectory, text: str) -> None:
     there, here = (_flat(yaml.safe_load(t)) for t in (directory.config.read_text(encoding="utf-8"), text))
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    keys = [key for key in {**there, **here} if not key.startswith("sharding")]
+    differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
         shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

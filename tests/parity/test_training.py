@@ -1,8 +1,5 @@
 """Twenty steps on fixed batches against torch's AdamW on transformers (+ peft): losses to 1e-4, gradient norms to 1e-3."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
 import torch
@@ -10,48 +7,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import llmtune
+from tests.runs import STEPS, curve, run_config, write_rows
 from tests.parity.torch_training import cosine, load_peer, train_peer
 
-STEPS = 20
-SETTINGS = {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "clip_norm": 1.0}
 
-
-@pytest.fixture(scope="module")
-def batches(assets):
-    """int [20, 4, 64] real text, some targets masked raggedly."""
-    tokens = np.load(assets / "derived" / "gsm8k_batches.npz")["full_and_lora_train"]
-    labels = tokens.copy()
-    for step in range(STEPS):
-        for row in range(4):
-            labels[step, row, : (7 * step + 13 * row) % 50] = -100
-    return tokens, labels
-
-
-def write_rows(path, tokens, labels):
-    rows = zip(tokens.reshape(-1, tokens.shape[-1]).tolist(), labels.reshape(-1, labels.shape[-1]).tolist(), strict=True)
-    path.write_text("".join(json.dumps({"input_ids": i, "labels": ls}) + "\n" for i, ls in rows))
-    return path
-
-
-def run_config(tmp_path, model, data, name="run", **sections):
-    tree = {
-        "model": str(model),
-        "output": str(tmp_path / name),
-        "objective": "sft",
-        "data": {"train": str(data), "format": "tokens", "sequence_length": 64, "packing": False, "shuffle": False},
-        "optimizer": {"learning_rate": 1e-3, **SETTINGS},
-        "train": {"steps": STEPS, "batch_size": 4, "dtype": "float32"},
-        **{name: own for name, own in sections.items() if own is not None},
-    }
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(json.dumps(tree))  # JSON is YAML
-    return llmtune.load_run(path)
-
-
-def curve(run, devices=1):
-    llmtune.train(run, devices=jax.devices()[:devices])
-    rows = [json.loads(line) for line in open(f"{run.output}/metrics.jsonl")]
-    return np.array([row["loss"] for row in rows]), np.array([row["grad_norm"] for row in rows])
 
 
 def fresh_adapter(model_directory, path, **settings):

@@ -1,0 +1,35 @@
+"""Write docs/configuration.md from the dataclasses of llmtune.config: `make docs`. A test holds the page to the code."""
+
+from pathlib import Path
+
+from llmtune.config import key_reference
+
+PAGE = Path(__file__).parent / "configuration.md"
+HEAD = """# Configuration
+
+One YAML file describes one run; `llmtune train CONFIG.yaml` carries it out. Any key can be put over the file on the command
+line: `--optimizer.learning_rate 1e-4` (values are read as YAML). This page is generated from the code by `make docs`.
+
+- A key that does not exist, stands twice or has the wrong type is refused, with its path and, for a slip of the pen, the
+  nearest key. Numbers may be written `1e-5` (plain YAML would read a text there); `yes`, `no`, `on`, `off` are texts.
+- The resolved configuration, every default written out, lies in the run's directory as `config.yaml`.
+- The same command on its own run directory resumes. Another configuration is refused with what differs; only `sharding`
+  may change, so that a run can go on on other devices.
+- Paths are relative to where the command runs. `llmtune:starter` names what ships inside the package.
+
+| key | type | default | meaning |
+|---|---|---|---|
+"""
+
+
+def configuration_page() -> str:
+    """The whole page."""
+    rows = [
+        f"| `{path}` | {kind.replace('|', 'or')} | {'required' if default == 'required' else f'`{default}`'} | {text} |"
+        for path, kind, default, text in key_reference()
+    ]
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(configuration_page(), encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Stopped at any step and taken up again: the bit-identical curve, nothing twice, nothing lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import llmtune
+from llmtune.errors import LlmtuneError
+from tests.runs import curve, read_curve, run_config, write_rows
+from tests.training.interruption import train_until
+
+
+@pytest.fixture(scope="module")
+def data(batches, tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", *batches)
+
+
+def small_run(directory, model, data, name="run", **sections):
+    defaults = {
+        "train": {"steps": 12, "batch_size": 4, "dtype": "bfloat16", "microbatches": 2, "seed": 3},
+        "data": {"train": str(data), "format": "tokens", "sequence_length": 96, "packing": True, "shuffle": True},
+        "checkpoint": {"every": 4, "keep": 2},
+        "evaluate": {"every": 5},
+    }
+    return run_config(directory, model, data, name=name, **{**defaults, **sections})
+
+
+@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+def test_stopped_twice_and_resumed_the_curve_is_bit_identical(stories, data, tmp_path, adapt):
+    whole = curve(small_run(tmp_path, stories, data, "whole", adapt=adapt))
+    run = small_run(tmp_path, stories, data, "stopped", adapt=adapt)
+    train_until(run, 6)
+    train_until(run, 9)
+    losses, norms = curve(run)
+    np.testing.assert_array_equal(losses, whole[0])
+    np.testing.assert_array_equal(norms, whole[1])
+    exported = [(tmp_path / name / "export/model/model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert exported[0] == exported[1]
+
+
+def test_a_finished_run_is_not_trained_again(stories, data, tmp_path):
+    run = small_run(tmp_path, stories, data)
+    first = curve(run)
+    shutil.rmtree(tmp_path / "run" / "export")
+    np.testing.assert_array_equal(curve(run)[0], first[0])
+    assert (tmp_path / "run/export/model/model.safetensors").is_file()
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2  # keep
+
+
+def test_killed_without_warning_it_resumes_from_the_last_checkpoint(stories, data, tmp_path):
+    """kill -9 of the real command, in its own process, right after a checkpoint was begun."""
+    expected = curve(small_run(tmp_path, stories, data, "whole"))
+    run = small_run(tmp_path, stories, data, "killed")
+    command = [sys.executable, "-m", "llmtune.cli", "train", str(tmp_path / "killed.yaml")]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while process.poll() is None and not (checkpoints / "4").is_dir():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    np.testing.assert_array_equal(curve(run)[0], expected[0])
+    assert [row for row in read_curve(run.output)[0]] == list(expected[0])
+
+
+def test_another_configuration_is_refused_with_what_differs(stories, data, tmp_path):
+    run = small_run(tmp_path, stories, data)
+    train_until(run, 5)
+    other = small_run(tmp_path, stories, data, train={"steps": 13, "batch_size": 4})
+    with pytest.raises(LlmtuneError, match=r"holds another run \(train.steps: 12 there, 13 here"):
+        llmtune.train(other)
+
+
+def test_changed_data_is_refused(stories, data, tmp_path):
+    copy = tmp_path / "rows.jsonl"
+    shutil.copy(data, copy)
+    run = small_run(tmp_path, stories, copy)
+    train_until(run, 5)
+    copy.write_text(copy.read_text() * 2)
+    with pytest.raises(LlmtuneError, match="begun with other data"):
+        llmtune.train(run)
+
+
+def test_a_directory_of_something_else_is_left_alone(stories, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    with pytest.raises(LlmtuneError, match="no llmtune run"):
+        llmtune.train(small_run(tmp_path, stories, data))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(stories, data, tmp_path):
+    run = small_run(tmp_path, stories, data)
+    train_until(run, 9)
+    for file in (tmp_path / "run/checkpoints/8").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(LlmtuneError, match=r"checkpoints/8: the checkpoint cannot be restored.*delete that step"):
+        llmtune.train(run, devices=jax.devices()[:1])
+
+
+def test_a_full_disk_is_one_clear_line(stories, data, tmp_path):
+    """A limit on the size of files stands for the disk: no checkpoint and no export fits under it."""
+    small_run(tmp_path, stories, data)
+    script = f"ulimit -f 200; exec {sys.executable} -m llmtune.cli train {tmp_path / 'run.yaml'}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "checkpoint" in done.stderr
+    assert not (tmp_path / "run" / "export").exists()

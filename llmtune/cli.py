@@ -4,14 +4,16 @@ Heavy imports happen inside the commands, so that `llmtune --help` is immediate.
 """
 
 import argparse
+import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 import llmtune
 from llmtune.errors import LlmtuneError
 
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        print(f"interrupted{getattr(options, 'interrupted', '')}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_LazyEpilog,
     )
     train.add_argument("config", metavar="CONFIG.yaml", help="the run; configs/recipes holds examples")
-    train.set_defaults(run=_train, takes_overrides=True)
+    train.set_defaults(
+        run=_train, takes_overrides=True, interrupted="; the same command resumes from the last checkpoint"
+    )
 
     generate = commands.add_parser("generate", help="continue prompts with a model")
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or a run directory of llmtune")
@@ -94,6 +98,8 @@ def _train(options: argparse.Namespace) -> int:
     run = load_run(options.config, overrides)
     from llmtune.training.loop import train
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
+    threading.excepthook = lambda _: None  # likewise
     train(run)
     return 0
 

@@ -128,11 +128,12 @@ def check(run: Run) -> None:
     data, adapt, optimizer, train = run.data, run.adapt, run.optimizer, run.train
     files = [data.train] if isinstance(data.train, str) else data.train
     require(bool(files) and all(files), "data.train", "no file is given")
-    require(data.sequence_length >= 2, "data.sequence_length", f"{data.sequence_length} is too short; 2 or more")
+    length = data.sequence_length
+    require(2 <= length < 2**31, "data.sequence_length", f"{length} is too {'short; 2 or more' if length < 2 else 'long'}")
     unknown = sorted(set(data.columns) - {"prompt", "completion", "text"})
     require(not unknown, "data.columns", f"{unknown[:1]} is no column here; prompt, completion and text are")
     require(train.steps is None or train.epochs is None, "train", "steps and epochs are both given; give one of them")
-    require(train.steps is None or train.steps > 0, "train.steps", f"{train.steps} must be positive")
+    require(train.steps is None or 0 < train.steps < 2**31, "train.steps", f"{train.steps} must lie in 1..2147483647")
     require(train.epochs is None or 0 < train.epochs < math.inf, "train.epochs", f"{train.epochs} must be positive")
     require(train.batch_size > 0, "train.batch_size", f"{train.batch_size} must be positive")
     require(

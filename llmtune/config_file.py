@@ -22,10 +22,13 @@ class StrictLoader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans, no duplicate keys, no anchors, no tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses aliases (a few lines of them can expand to gigabytes) and deep nesting."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise LlmtuneConfigError(f"line {mark.line + 1}: YAML anchors and aliases are not read here; write the value out")
+        """Refuses aliases (a few lines of them can expand to gigabytes), tags and deep nesting."""
+        event = self.peek_event()
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise LlmtuneConfigError(f"{line}: YAML anchors and aliases are not read here; write the value out")
+        if event.tag is not None:
+            raise LlmtuneConfigError(f"{line}: YAML tags are not read here; remove {event.tag.replace('tag:yaml.org,2002:', '!!')}")
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > LIMIT_DEPTH:
             raise LlmtuneConfigError(f"nested more than {LIMIT_DEPTH} deep")
@@ -44,6 +47,16 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
 ):
     StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or `StrictLoader` would read as something else, such as 1e-5."""
+
+
+StrictDumper.yaml_implicit_resolvers = {
+    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + StrictLoader.yaml_implicit_resolvers.get(first, [])
+    for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **StrictLoader.yaml_implicit_resolvers}
+}
 
 
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -90,7 +103,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise LlmtuneConfigError(f"{where}: {line}{getattr(error, 'problem', None) or 'not valid YAML'}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not valid YAML"
+        raise LlmtuneConfigError(f"{where}: {line}{problem}") from None
     except (ValueError, RecursionError) as error:
         raise LlmtuneConfigError(f"{where}: not valid YAML ({error})") from None
 
@@ -107,6 +121,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise LlmtuneConfigError(f"--{name}: a value is missing after it")
             value = rest.pop(0)
+        if not all(name.split(".")):
+            raise LlmtuneConfigError(f"'--{name}': overrides are written --section.key value")
         pairs.append((name, parse_yaml(value, f"--{name}")))
     return pairs
 
@@ -116,8 +132,9 @@ def build_run(tree: Mapping[str, Any], where: str) -> Run:
     try:
         run = _adapter().validate_json(json.dumps(tree))
     except ValidationError as error:
-        found = sorted(error.errors(), key=lambda one: one["type"] not in UNKNOWN_KEY)  # a typo also makes a key missing
-        raise LlmtuneConfigError(f"{where}: {_explain(found[0])}") from None
+        # a typo also makes a key missing; of the branches of a union, the one that was got furthest into was meant
+        found = min(error.errors(), key=lambda one: (one["type"] not in UNKNOWN_KEY, -len(one["loc"])))
+        raise LlmtuneConfigError(f"{where}: {_explain(found)}") from None
     try:
         check(run)
     except LlmtuneConfigError as error:
@@ -127,7 +144,7 @@ def build_run(tree: Mapping[str, Any], where: str) -> Run:
 
 def dump_run(run: Run) -> str:
     """YAML that loads back to an equal run, every default written out."""
-    return yaml.safe_dump(_plain(run), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_plain(run), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 _ADAPTERS: dict[type, TypeAdapter] = {}
@@ -169,17 +186,23 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 
 def _explain(error: Any) -> str:
     """One line from pydantic's first finding."""
-    path = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
     kind, given = error["type"], error.get("input")
+    if kind == "json_invalid":  # all that YAML can say and JSON cannot
+        return "a text holds a lone surrogate, which is no character"
     if kind in UNKNOWN_KEY:
+        path = ".".join(map(str, error["loc"]))
         known = [row[0] for row in key_reference()]
+        if path in known:
+            return f"{path}: written as one key; write {path.replace('.', ': {', 1)}: ...}}"
         known += sorted({prefix for row in known for prefix in _prefixes(row)})
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(path.lower(), known, n=1, cutoff=0.6)
         return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "; llmtune train --help lists all keys")
+    path = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
     if kind in ("missing", "missing_argument"):
         return f"{path}: this key is required"
-    expected = error["msg"].removeprefix("Input should be ").replace("dictionary or an instance of", "section")
-    return f"{path}: {given!r} is not {expected}"
+    expected = error["msg"].removeprefix("Input should be ").replace("an object", "a section of keys")
+    shown = json.dumps(given, ensure_ascii=False)
+    return f"{path}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not {expected}"
 
 
 def _prefixes(path: str) -> list[str]:
@@ -189,4 +212,4 @@ def _prefixes(path: str) -> list[str]:
 
 def _is_branch(part: Any) -> bool:
     """pydantic names the branch of a union in the location of an error."""
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
+    return isinstance(part, str) and (part == "str" or part.startswith("list["))

@@ -95,8 +95,8 @@ def _prompt_completion(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str
 def _encode(tokenizer: Tokenizer, text: str, row: Row, *, bos: bool) -> list[int]:
     try:
         return tokenizer.encode(text, bos=bos)
-    except (UnicodeError, TypeError):
-        raise LlmtuneDataError(f"{row.where}: the text holds lone surrogates, which are no characters; clean the row") from None
+    except LlmtuneDataError as error:
+        raise LlmtuneDataError(f"{row.where}: {error}") from None
 
 
 def _string(row: Row, column: str, columns: Mapping[str, str]) -> str:

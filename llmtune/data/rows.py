@@ -13,8 +13,6 @@ from typing import Any
 from llmtune.errors import LlmtuneDataError
 from llmtune.shipped import resolve
 
-DEPTH_LIMIT = 50
-
 
 @dataclass(frozen=True)
 class Row:
@@ -91,6 +89,8 @@ def _parse(text: str, where: str) -> Any:
         raise LlmtuneDataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise LlmtuneDataError(f"{where}: nested too deep to be a row") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise LlmtuneDataError(f"{where}: not valid JSON ({error})") from None
 
 
 def _row(value: Any, where: str) -> Row:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from llmtune.errors import LlmtuneDataError
+
 
 class Tokenizer(Protocol):
     """Text <-> ids. By default text never becomes control tokens, whatever it spells."""
@@ -32,5 +34,16 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens left out."""
+        """The text of ids; control tokens and ids beyond the vocabulary are left out."""
         ...
+
+
+def require_characters(text: str) -> None:
+    """Refuse lone surrogates: JSON can spell them, the tokenizing libraries fail on them in ways of their own."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        at, code = error.start, ord(text[error.start])
+        raise LlmtuneDataError(
+            f"the text holds a lone surrogate (U+{code:04X} at character {at}), which is no character; clean it"
+        ) from None

@@ -9,6 +9,7 @@ from typing import final
 import sentencepiece
 
 from llmtune.errors import LlmtuneFormatError
+from llmtune.tokenizers.protocol import require_characters
 from llmtune.tokenizers.settings import ending_ids, read_settings
 
 
@@ -26,12 +27,13 @@ class SentencePiece:
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
+        require_characters(text)
         ids = self._with_controls(text) if allow_special else self.model.encode(text)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self.model.decode([int(i) for i in ids])
+        return self.model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def _with_controls(self, text: str) -> list[int]:
         if not self.controls:
@@ -47,7 +49,7 @@ def read_sentencepiece(path: Path) -> SentencePiece:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # the library raises RuntimeError, OSError and more
-        raise LlmtuneFormatError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0][:200]})") from None
+        raise LlmtuneFormatError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())[:200]})") from None
     size = model.get_piece_size()
     controls = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
     settings = read_settings(path.parent)

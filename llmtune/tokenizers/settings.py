@@ -26,12 +26,15 @@ def read_settings(directory: Path) -> Settings:
     generation, model = read_object(directory / "generation_config.json"), read_object(directory / "config.json")
     eos = next((c["eos_token_id"] for c in (generation, model) if c.get("eos_token_id") is not None), None)
     bos = next((c["bos_token_id"] for c in (model, generation) if c.get("bos_token_id") is not None), None)
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int for i in [*eos_ids, 0 if bos is None else bos]):
+        raise LlmtuneFormatError(f"{directory}: bos_token_id {bos!r} and eos_token_id {eos!r} must be token ids")
     return Settings(
-        bos=_content(own.get("bos_token", special.get("bos_token"))),
-        eos=_content(own.get("eos_token", special.get("eos_token"))),
+        bos=_content("bos_token", own, special, directory),
+        eos=_content("eos_token", own, special, directory),
         add_bos=own.get("add_bos_token"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-        bos_id=bos,
+        eos_ids=tuple(eos_ids),
+        bos_id=bos if bos is not None and bos >= 0 else None,
     )
 
 
@@ -48,12 +51,16 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LlmtuneFormatError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise LlmtuneFormatError(f"{path}: a JSON object is expected")
     return value
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _content(name: str, own: dict[str, Any], special: dict[str, Any], directory: Path) -> str | None:
+    token = own.get(name, special.get(name))
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str | None) or (token is not None and content is None):
+        raise LlmtuneFormatError(f"{directory}: {name} is {token!r}; the text of a token is expected")
+    return content

@@ -9,6 +9,7 @@ from typing import final
 import tokenizers
 
 from llmtune.errors import LlmtuneFormatError
+from llmtune.tokenizers.protocol import require_characters
 from llmtune.tokenizers.settings import ending_ids, read_settings
 
 
@@ -26,13 +27,14 @@ class TokenizerJson:
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
+        require_characters(text)
         reader = self.special if allow_special else self.plain
         ids = reader.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self.plain.decode(list(ids), skip_special_tokens=True)
+        return self.plain.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
 
 def read_tokenizer_json(directory: Path) -> TokenizerJson:
@@ -42,7 +44,7 @@ def read_tokenizer_json(directory: Path) -> TokenizerJson:
         plain, special = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
         content = json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare exceptions of many kinds
-        raise LlmtuneFormatError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]})") from None
+        raise LlmtuneFormatError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
     plain.encode_special_tokens = True
     for reader in (plain, special):
         reader.no_truncation()

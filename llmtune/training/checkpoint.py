@@ -6,8 +6,10 @@ and which data it belongs to. The frozen base is not stored again: the run's con
 This is the only module that knows Orbax. Its V1 interface is used (an attribute of `orbax.checkpoint`, the coming default).
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ ocp = orbax.checkpoint.v1
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run directory; the newest `keep` stay. Close it to make the last save durable."""
+    """The checkpoints of one run directory; the newest `keep` stay. Leaving its `with` makes the last save durable."""
 
     directory: Path
     keep: int
@@ -67,10 +69,16 @@ class Checkpoints:
         except Exception as error:
             raise LlmtuneError(f"{self.directory}: saving a checkpoint failed ({_first_line(error)})") from error
 
-    def close(self) -> None:
-        """Wait, and release the directory."""
-        self.wait()
-        self._saver.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait, and release the directory. Where an error is already on its way, a failed save does not hide it."""
+        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+            self.wait()
+            self._saver.close()
 
 
 def _flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -65,7 +65,7 @@ def train(run: Run, display: Display | None = None, devices: Sequence[jax.Device
         multiple = row_multiple(run, mesh, strategy)
         directory = claim(run, data.digest)
 
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), Checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
             display.phase("reading weights", total=source.weight_bytes or None)
             weights = prepare_weights(run, source, mesh, strategy, display.advance)
             frozen = weights.frozen
@@ -74,7 +74,6 @@ def train(run: Run, display: Display | None = None, devices: Sequence[jax.Device
             schedule = make_schedule(run.optimizer, steps)
             optimizer = make_optimizer(run.optimizer, schedule)
             state = init_state(weights.trainable, optimizer)
-            checkpoints = Checkpoints(directory.checkpoints, run.checkpoint.keep)
             state = resume(directory, checkpoints, state, mesh, display)
 
             bind = functools.partial(
@@ -101,7 +100,7 @@ def train(run: Run, display: Display | None = None, devices: Sequence[jax.Device
                 before = recorded(directory, "before")
 
             state = run_steps(run, data, steps, state, frozen, step, place, evaluator, checkpoints, directory, display)
-            checkpoints.close()
+            checkpoints.wait()
 
             display.phase("evaluating", total=None)
             after = evaluator.record(directory, "after", state, frozen)

@@ -67,7 +67,9 @@ def parse_model_config(config: Mapping[str, Any], generation: Mapping[str, Any] 
         raise _wrong(where, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
     if head_dim % 2:
         raise _wrong(where, "head_dim", head_dim, "an even number (rotary embedding turns pairs)")
-    positions = _positive(config, "max_position_embeddings", where, 2048 if architecture == "LlamaForCausalLM" else 131072)
+    positions = _positive(
+        config, "max_position_embeddings", where, 2048 if architecture == "LlamaForCausalLM" else 131072
+    )
     if architecture == "MistralForCausalLM":
         _refuse_window(config, positions, where)
     return ModelConfig(
@@ -150,7 +152,12 @@ def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
 def _refuse_window(config: Mapping[str, Any], positions: int, where: str) -> None:
     window = config.get("sliding_window", 4096)  # transformers' default where the field is absent
     if window is not None and (not isinstance(window, int) or window < positions):
-        raise _wrong(where, "sliding_window", config.get("sliding_window", "absent, which means 4096"), "null: windows are not implemented yet")
+        raise _wrong(
+            where,
+            "sliding_window",
+            config.get("sliding_window", "absent, which means 4096"),
+            "null: windows are not implemented yet",
+        )
 
 
 def _rope(config: Mapping[str, Any], where: str) -> Rope:
@@ -170,12 +177,16 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
         known.update(names)
     elif kind != "default":
         raise _wrong(where, f"{field}.rope_type", kind, "default or llama3: others are not implemented")
-    unknown = sorted(set(scaling) - known - ({"partial_rotary_factor"} if scaling.get("partial_rotary_factor") == 1.0 else set()))
+    unknown = sorted(
+        set(scaling) - known - ({"partial_rotary_factor"} if scaling.get("partial_rotary_factor") == 1.0 else set())
+    )
     if unknown:
         raise LlmtuneFormatError(f"{where}: unknown field {field}.{unknown[0]!r} with rope_type {kind!r}")
     if kind == "default":
         return Rope(theta)
-    factor, low, high = (_number(scaling, name, where, None) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (
+        _number(scaling, name, where, None) for name in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     if high <= low:
         raise _wrong(where, f"{field}.high_freq_factor", high, f"more than low_freq_factor {low}")
     return Rope(theta, Llama3Scaling(factor, low, high, _positive(scaling, "original_max_position_embeddings", where)))

@@ -1,6 +1,6 @@
 """Our parameter tree <-> Hugging Face tensor names: one declarative table, from which reading and writing both follow.
 
-    layers/0/attention/q/kernel  [L, in, out]   <->   model.layers.{0..L-1}.self_attn.q_proj.weight  [out, in]
+layers/0/attention/q/kernel  [L, in, out]   <->   model.layers.{0..L-1}.self_attn.q_proj.weight  [out, in]
 """
 
 from dataclasses import dataclass

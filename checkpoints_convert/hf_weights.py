@@ -26,7 +26,9 @@ COMPANIONS = re.compile(
     re.IGNORECASE,
 )
 Progress = Callable[[int], None]
-Fetch = Callable[[str, int | None], np.ndarray]  # (our path, layer of a stacked weight) -> the matrix [in, out], on the host
+Fetch = Callable[
+    [str, int | None], np.ndarray
+]  # (our path, layer of a stacked weight) -> the matrix [in, out], on the host
 
 
 def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
@@ -48,9 +50,13 @@ def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
     for name, shape in expected.items():
         info = weights.tensors[name]
         if info.shape != shape:
-            raise LlmtuneFormatError(f"{info.file}: {name} has shape {list(info.shape)}, config.json asks for {list(shape)}")
+            raise LlmtuneFormatError(
+                f"{info.file}: {name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
+            )
         if not np.issubdtype(info.dtype, np.floating) and info.dtype != ml_dtypes.bfloat16:
-            raise LlmtuneFormatError(f"{info.file}: {name} is stored as {info.dtype}; convert it to a floating dtype first")
+            raise LlmtuneFormatError(
+                f"{info.file}: {name} is stored as {info.dtype}; convert it to a floating dtype first"
+            )
 
 
 def load_params(
@@ -92,7 +98,8 @@ def save_directory(
     fallback = np.dtype(stored_dtype)
     chosen = {t.name: np.dtype(dtype) if dtype else on_disk.get(t.name, fallback) for t in tensors(config)}
     entries = [
-        Entry(t.name, chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name])) for t in tensors(config)
+        Entry(t.name, chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name]))
+        for t in tensors(config)
     ]
     if config.tie_word_embeddings and "lm_head.weight" in on_disk:  # the source stores the tied head again: so do we
         embed = entries[0]
@@ -140,7 +147,7 @@ def _load_weight(
 
     cache: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
 
-    def read_once(index: tuple[slice, ...]) -> np.ndarray:
+    def read_once(index: Any) -> np.ndarray:
         key = tuple(part.indices(size) for part, size in zip(index, full, strict=True))
         if key not in cache:
             cache[key] = read(index)
@@ -166,12 +173,16 @@ def _stack(pieces: Iterator[np.ndarray], count: int, dtype: np.dtype) -> np.ndar
 def _check_tied_head(weights: WeightDirectory) -> None:
     head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype:
-        raise LlmtuneFormatError(f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them")
+        raise LlmtuneFormatError(
+            f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them"
+        )
     rows = max(1, (16 << 20) // max(1, head.shape[-1] * head.dtype.itemsize))
     for start in range(0, head.shape[0], rows):
         piece = (slice(start, start + rows), slice(None))
         if weights.read_slice("lm_head.weight", piece).tobytes() != weights.read_slice(embed.name, piece).tobytes():
-            raise LlmtuneFormatError(f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them")
+            raise LlmtuneFormatError(
+                f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them"
+            )
 
 
 def _count(names: set[str]) -> str:

@@ -62,7 +62,11 @@ def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
     settings = read_json(directory / CONFIG)
     _check_settings(settings, directory / CONFIG)
     if not (directory / WEIGHTS).is_file():
-        pickled = " (adapter_model.bin is a pickle: convert it to safetensors)" if (directory / "adapter_model.bin").exists() else ""
+        pickled = (
+            " (adapter_model.bin is a pickle: convert it to safetensors)"
+            if (directory / "adapter_model.bin").exists()
+            else ""
+        )
         raise LlmtuneFormatError(f"{directory}: no {WEIGHTS} there{pickled}")
     weights = WeightDirectory(directory, read_header(directory / WEIGHTS))
     pairs = _pairs(weights, config)
@@ -104,7 +108,9 @@ def _settings(
     rank, alpha = _most_common(ranks), _most_common(alphas)
     targets = sorted({MODULES[path.removeprefix(f"{SEGMENT}/")].rsplit(".", 1)[-1] for path in factors})
     layers = sorted({int(module.split(".")[2]) for module in ranks})
-    every_layer = all(f"model.layers.{n}.{MODULES[path.removeprefix(f'{SEGMENT}/')]}" in ranks for path in factors for n in layers)
+    every_layer = all(
+        f"model.layers.{n}.{MODULES[path.removeprefix(f'{SEGMENT}/')]}" in ranks for path in factors for n in layers
+    )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -146,7 +152,9 @@ def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.
     for key, info in weights.tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise LlmtuneFormatError(f"{info.file}: {key} is no LoRA factor of a layer's matrix, which is all that is read so far")
+            raise LlmtuneFormatError(
+                f"{info.file}: {key} is no LoRA factor of a layer's matrix, which is all that is read so far"
+            )
         name = f"{match['module']}.weight"
         if name not in known or not known[name].transposed:
             raise LlmtuneFormatError(f"{info.file}: {key} adapts a module that this base model does not have")
@@ -198,7 +206,7 @@ def _scale(module: str, rank: int, settings: Mapping[str, Any], rslora: bool, wh
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """peft's rule: the first pattern that matches the end of the module's name, at a dot."""
+    """Peft's rule: the first pattern that matches the end of the module's name, at a dot."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -206,7 +214,7 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """alpha back from a float32 scale: the shortest decimal that rounds to the product, an int where it is one."""
+    """Alpha back from a float32 scale: the shortest decimal that rounds to the product, an int where it is one."""
     exact = float(scale) * (math.sqrt(rank) if rslora else rank)
     alpha = float(str(np.float32(exact)))
     return int(alpha) if alpha.is_integer() else alpha

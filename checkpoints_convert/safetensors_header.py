@@ -74,7 +74,9 @@ def parse_header(text: bytes, path: Path, *, data_start: int, size: int) -> dict
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if tensor.start != position:
-            raise LlmtuneFormatError(f"{path}: {tensor.name} leaves a hole or overlaps another tensor; download it again")
+            raise LlmtuneFormatError(
+                f"{path}: {tensor.name} leaves a hole or overlaps another tensor; download it again"
+            )
         position = tensor.end
     if position != size:
         raise LlmtuneFormatError(

@@ -129,11 +129,13 @@ def _read_into(file: int, info: TensorInfo, bounds: list[tuple[int, int]], out: 
     if len(bounds) <= 1 or trailing:  # one run of bytes
         row = item * int(np.prod(info.shape[1:], dtype=np.int64)) if info.shape else item
         first = bounds[0][0] if bounds else 0
-        _read_run(file, info, info.start + first * row, memoryview(out.reshape(-1).view(np.uint8)))
+        _read_run(file, info, info.start + first * row, out.reshape(-1).view(np.uint8).data)
         return
     if len(bounds) > 2:
         for k in range(out.shape[0]):
-            inner = TensorInfo(info.name, info.dtype, info.shape[1:], info.file, _row_start(info, bounds[0][0] + k), info.end)
+            inner = TensorInfo(
+                info.name, info.dtype, info.shape[1:], info.file, _row_start(info, bounds[0][0] + k), info.end
+            )
             _read_into(file, inner, bounds[1:], out[k])
         return
     (top, bottom), (left, right) = bounds
@@ -141,13 +143,13 @@ def _read_into(file: int, info: TensorInfo, bounds: list[tuple[int, int]], out: 
     if (right - left) * item >= 4096:  # long enough that reading only these columns is worth a call per row
         for k in range(bottom - top):
             start = info.start + (top + k) * width + left * item
-            _read_run(file, info, start, memoryview(out[k].view(np.uint8)))
+            _read_run(file, info, start, out[k].view(np.uint8).data)
         return
     rows = max(1, PIECE // width)
     for first in range(top, bottom, rows):
         last = min(first + rows, bottom)
         piece = np.empty((last - first, info.shape[1]), info.dtype)
-        _read_run(file, info, info.start + first * width, memoryview(piece.reshape(-1).view(np.uint8)))
+        _read_run(file, info, info.start + first * width, piece.reshape(-1).view(np.uint8).data)
         out[first - top : last - top] = piece[:, left:right]
 
 

@@ -49,7 +49,7 @@ def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial.parent).free
         if free < needed_bytes:
             raise LlmtuneError(
-                f"{path}: {needed_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose another disk"
+                f"{path}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, or choose another disk"
             )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -65,7 +65,11 @@ def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def write_shards(
-    directory: Path, entries: Sequence[Entry], *, max_shard_bytes: int, progress: Callable[[int], None] = lambda done: None
+    directory: Path,
+    entries: Sequence[Entry],
+    *,
+    max_shard_bytes: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """`model.safetensors`, or several shards of at most `max_shard_bytes` (but for larger tensors) and their index."""
     shards: list[list[Entry]] = [[]]
@@ -97,7 +101,7 @@ def write_file(
             array = np.ascontiguousarray(entry.produce())
             if array.shape != entry.shape or array.dtype != entry.dtype:
                 raise ValueError(f"{entry.name}: promised {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
-            view = memoryview(array.reshape(-1).view(np.uint8))
+            view = array.reshape(-1).view(np.uint8).data
             for start in range(0, len(view), PIECE):
                 file.write(view[start : start + PIECE])
             progress(entry.nbytes)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not getattr(options, "takes_overrides", False):
-        parser.error(f"unknown argument {overrides[0]!r}; see llmtune {options.command} --help")
+        parser.error(f"unknown argument {overrides[0]!r}")
     options.overrides = overrides
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -34,13 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, ShardingError):
             raise
         return _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print(f"interrupted{getattr(options, 'interrupted', '')}", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llmtune", description="Fine-tune LLaMA 3 and Mistral in JAX, on TPU pods and GPUs with the same code."
     )
     parser.add_argument("--version", action="version", version=f"llmtune {llmtune.__version__}")
@@ -62,17 +67,30 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue prompts with a model")
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or a run directory of llmtune")
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for a batch")
-    generate.add_argument("--adapter", action="append", default=[], metavar="DIR", help="a PEFT directory, applied on top")
+    generate.add_argument(
+        "--adapter", action="append", default=[], metavar="DIR", help="a PEFT directory, applied on top"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     generate.add_argument("--top-k", type=int, default=None, metavar="K")
     generate.add_argument("--top-p", type=float, default=None, metavar="P")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text"
+    )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="float32", metavar="D", help="of weights and compute; default float32")
-    generate.add_argument("--strategy", default=None, metavar="NAME", help="sharding over all devices, e.g. fsdp, tensor")
+    generate.add_argument(
+        "--strategy", default=None, metavar="NAME", help="sharding over all devices, e.g. fsdp, tensor"
+    )
     generate.set_defaults(run=_generate)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse prints its usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 class _LazyEpilog(argparse.RawDescriptionHelpFormatter):
@@ -123,7 +141,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"llmtune: error: {message}", file=sys.stderr)
+    print(f"llmtune: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return USAGE_ERROR
 
 

@@ -25,11 +25,15 @@ class Data:
 
     train: str | list[str] = key("a file of rows, or a list of files")
     validation: str | list[str] | None = key("held-out rows, evaluated before, during and after", None)
-    format: Literal["auto", "tokens", "text", "prompt_completion"] = key("of the rows; auto looks at the first one", "auto")
+    format: Literal["auto", "tokens", "text", "prompt_completion"] = key(
+        "of the rows; auto looks at the first one", "auto"
+    )
     sequence_length: int = key("tokens per row of the batch", 1024)
     packing: bool = key("several documents per row, by a plan; each sees only itself", True)
     shuffle: bool = key("a new order every epoch, from train.seed; false: file order", True)
-    too_long: Literal["truncate", "drop", "error"] = key("rows beyond sequence_length (text is split instead)", "truncate")
+    too_long: Literal["truncate", "drop", "error"] = key(
+        "rows beyond sequence_length (text is split instead)", "truncate"
+    )
     columns: dict[str, str] = key("other column names, e.g. {prompt: question, completion: answer}", {})
     tokenizer: str | None = key("a directory with a tokenizer other than the model's", None)
 
@@ -41,7 +45,9 @@ class Adapt:
     method: Literal["lora"] = key("which transform", "lora")
     rank: int = key("of the low-rank factors", 16)
     alpha: float = key("scale of the adapter: alpha / rank", 32)
-    targets: str | list[str] = key("all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear")
+    targets: str | list[str] = key(
+        "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear"
+    )
     rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
     from_: str | None = key("a PEFT directory to continue: its rank, alpha and targets hold", None, alias="from")
 
@@ -71,7 +77,9 @@ class Train:
     epochs: float | None = key("instead of steps: passes over the training rows", None)
     batch_size: int = key("rows per update, over all devices and hosts", 8)
     microbatches: int = key("pieces in which a batch is computed; divides batch_size", 1)
-    dtype: Literal["bfloat16", "float32"] = key("of matmuls and activations; weights that train stay float32", "bfloat16")
+    dtype: Literal["bfloat16", "float32"] = key(
+        "of matmuls and activations; weights that train stay float32", "bfloat16"
+    )
     remat: Literal["none", "block", "dots"] = key("what is computed again in the backward pass to save memory", "block")
     seed: int = key("of data order and initial values", 0)
 
@@ -129,7 +137,9 @@ def check(run: Run) -> None:
     files = [data.train] if isinstance(data.train, str) else data.train
     require(bool(files) and all(files), "data.train", "no file is given")
     length = data.sequence_length
-    require(2 <= length < 2**31, "data.sequence_length", f"{length} is too {'short; 2 or more' if length < 2 else 'long'}")
+    require(
+        2 <= length < 2**31, "data.sequence_length", f"{length} is too {'short; 2 or more' if length < 2 else 'long'}"
+    )
     unknown = sorted(set(data.columns) - {"prompt", "completion", "text"})
     require(not unknown, "data.columns", f"{unknown[:1]} is no column here; prompt, completion and text are")
     require(train.steps is None or train.epochs is None, "train", "steps and epochs are both given; give one of them")
@@ -152,7 +162,11 @@ def check(run: Run) -> None:
         value = getattr(optimizer, name)
         require(0 <= value < 1, f"optimizer.{name}", f"{value} must lie in [0, 1)")
     require(optimizer.warmup_steps >= 0, "optimizer.warmup_steps", f"{optimizer.warmup_steps} must be 0 or more")
-    require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "optimizer.clip_norm", "must be positive, or null for none")
+    require(
+        optimizer.clip_norm is None or optimizer.clip_norm > 0,
+        "optimizer.clip_norm",
+        "must be positive, or null for none",
+    )
     if adapt is not None:
         require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
         require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")

@@ -28,7 +28,9 @@ class StrictLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise LlmtuneConfigError(f"{line}: YAML anchors and aliases are not read here; write the value out")
         if event.tag is not None:
-            raise LlmtuneConfigError(f"{line}: YAML tags are not read here; remove {event.tag.replace('tag:yaml.org,2002:', '!!')}")
+            raise LlmtuneConfigError(
+                f"{line}: YAML tags are not read here; remove {event.tag.replace('tag:yaml.org,2002:', '!!')}"
+            )
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > LIMIT_DEPTH:
             raise LlmtuneConfigError(f"nested more than {LIMIT_DEPTH} deep")
@@ -44,7 +46,11 @@ StrictLoader.yaml_implicit_resolvers = {
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
 ):
     StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
@@ -57,6 +63,14 @@ StrictDumper.yaml_implicit_resolvers = {
     first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + StrictLoader.yaml_implicit_resolvers.get(first, [])
     for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **StrictLoader.yaml_implicit_resolvers}
 }
+
+
+def _text_node(dumper: StrictDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None  # line breaks to YAML, which other styles lose
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+StrictDumper.add_representer(str, _text_node)
 
 
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -97,7 +111,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 def parse_yaml(text: str, where: str) -> Any:
     """One document, by `StrictLoader`."""
     try:
-        return yaml.load(text, StrictLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, StrictLoader)
     except LlmtuneConfigError as error:
         raise LlmtuneConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -151,7 +165,7 @@ _ADAPTERS: dict[type, TypeAdapter] = {}
 
 
 def _adapter() -> TypeAdapter:
-    """pydantic over the plain dataclasses: unknown keys forbidden, no coercion (its strict mode reads objects from JSON only)."""
+    """Pydantic over the plain dataclasses: unknown keys forbidden, no coercion (its strict mode reads objects from JSON only)."""
     if Run not in _ADAPTERS:
         for kind in _sections(Run):
             kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, populate_by_name=False)  # type: ignore[attr-defined]
@@ -168,7 +182,9 @@ def _sections(kind: type) -> list[type]:
 def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
-    entries = ((entry.metadata.get("alias", entry.name), getattr(value, entry.name)) for entry in dataclasses.fields(value))
+    entries = (
+        (entry.metadata.get("alias", entry.name), getattr(value, entry.name)) for entry in dataclasses.fields(value)
+    )
     return {name: _plain(own) for name, own in entries if not (own is None and name in ("adapt", "sharding"))}
 
 
@@ -196,7 +212,9 @@ def _explain(error: Any) -> str:
             return f"{path}: written as one key; write {path.replace('.', ': {', 1)}: ...}}"
         known += sorted({prefix for row in known for prefix in _prefixes(row)})
         near = difflib.get_close_matches(path.lower(), known, n=1, cutoff=0.6)
-        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "; llmtune train --help lists all keys")
+        return f"{path}: unknown key" + (
+            f"; did you mean {near[0]}?" if near else "; llmtune train --help lists all keys"
+        )
     path = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
     if kind in ("missing", "missing_argument"):
         return f"{path}: this key is required"
@@ -211,5 +229,5 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _is_branch(part: Any) -> bool:
-    """pydantic names the branch of a union in the location of an error."""
+    """Pydantic names the branch of a union in the location of an error."""
     return isinstance(part, str) and (part == "str" or part.startswith("list["))

@@ -1,16 +1,16 @@
 """The model as a library user holds it: load, look at logits, generate, save.
 
-    model = llmtune.load("path/to/hf_dir", adapters=["path/to/peft_dir"])
-    model.logits(tokens)                                float32 [batch, seq, vocab]
-    model.generate(["Once upon"], max_new_tokens=64)    completions only
-    model.save("merged"), model.save_adapter("adapter")
+model = llmtune.load("path/to/hf_dir", adapters=["path/to/peft_dir"])
+model.logits(tokens)                                float32 [batch, seq, vocab]
+model.generate(["Once upon"], max_new_tokens=64)    completions only
+model.save("merged"), model.save_adapter("adapter")
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,7 @@ class Model:
     strategy: Strategy
     bind: Callable[[Any], LanguageModel]
 
-    def logits(
-        self, tokens: Any, *, positions: Any = None, segment_ids: Any = None
-    ) -> np.ndarray:
+    def logits(self, tokens: Any, *, positions: Any = None, segment_ids: Any = None) -> np.ndarray:
         """int32 [batch, seq] -> float32 [batch, seq, vocab].
 
         segment_ids (default: all 1): 0 is padding, 1.. are documents; tokens see their own document only. positions
@@ -67,11 +65,6 @@ class Model:
             rows = (put(np.pad(x, ((0, extra), (0, 0))), layout) for x in (tokens, positions, segment_ids))
             logits = _logits(self.bind, self.strategy)(self.params, *rows)
         return np.asarray(logits)[:batch]
-
-    @overload
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **sampling: Any) -> list[str]: ...
-    @overload
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **sampling: Any) -> list[list[int]]: ...
 
     def generate(
         self,
@@ -96,7 +89,9 @@ class Model:
             raise LlmtuneConfigError("prompts: give either texts or lists of token ids, not both")
         as_text, stops = bool(kinds and kinds[0]), [stop] if isinstance(stop, str) else list(stop)
         if (as_text or stops) and self.tokenizer is None:
-            raise LlmtuneConfigError(f"{self.source.name}: it has no tokenizer; give prompts as lists of token ids, no stop")
+            raise LlmtuneConfigError(
+                f"{self.source.name}: it has no tokenizer; give prompts as lists of token ids, no stop"
+            )
         rows = [encode_prompt(self.tokenizer, prompt) if as_text else list(map(int, prompt)) for prompt in prompts]
         completions = Engine(self.config, self.bind, self.mesh, self.strategy).generate(
             self.params,
@@ -219,7 +214,9 @@ def _run_directory(path: Path) -> tuple[str, list[Path]] | None:
         return None
     model, adapter = path / "export" / "model", path / "export" / "adapter"
     if not model.is_dir():
-        raise LlmtuneConfigError(f"{path}: this run has no export yet; let it finish (the same train command resumes it)")
+        raise LlmtuneConfigError(
+            f"{path}: this run has no export yet; let it finish (the same train command resumes it)"
+        )
     if not adapter.is_dir():
         return str(model), []
     from llmtune.config_file import load_run

@@ -128,8 +128,8 @@ def save_adapter(path: Path, params: Any, source: Source) -> None:
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     factors = {
-        name: peft.Factors(*(np.asarray(jax.device_get(leaf)) for leaf in (w.a, w.b, w.scale)), w.ranks)
-        for name, w in adapters.items()
+        name: peft.Factors(np.asarray(w.a), np.asarray(w.b), np.asarray(w.scale), w.ranks)
+        for name, w in jax.device_get(adapters).items()
     }
     base = source.name if source.directory is None else str(source.directory.absolute())
     rslora = any(weight.rslora for weight in adapters.values())

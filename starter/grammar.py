@@ -84,19 +84,19 @@ def tell(scene: Scene, rng: random.Random) -> list[str]:
     pair = rng.sample(rng.choice(OPPOSITES), 2)
     speech = rng.choice((
         f'"What a fine {s.thing}," said {s.friend}.',
-        f'"May I have some {s.food}?" asked {s.name}.',
         f'"The {s.next_place} is not far," said {s.friend}.',
         f"{rng.choice(WEATHER)}.",
         f"The {s.thing} was not {pair[0]} but {pair[1]}.",
+        f"The {s.thing} was not {pair[0]} but {pair[1]}.",
     ))  # fmt: skip
-    ending = rng.choice((
-        f"In the evening {s.name} was {s.mood}.",
-        f"{s.friend} was {s.mood}, and so was {s.name}.",
+    recalls = rng.sample((  # a reader who does not remember the beginning cannot tell how these go on
         f"They ate the {s.number} {s.food} and went home.",
         f"It was {s.name} who {s.verb[1]} the {s.thing} at the {s.place}.",
         f"{s.name} the {s.animal} and {s.friend} the {s.friend_animal} were {s.mood}.",
-    ))  # fmt: skip
-    return [opening, deed, meeting, move, speech, ending]
+        f"The {s.thing} was {s.colour}, and there were {s.number} {s.food}.",
+        f"{s.friend} was {a(s.friend_animal)}, and {s.name} was {a(s.animal)}.",
+    ), 2)  # fmt: skip
+    return [opening, deed, meeting, move, speech, *recalls]
 
 
 def story(rng: random.Random) -> str:

@@ -23,7 +23,9 @@ def fixed_batches(assets):
 
 def write_rows(path, tokens, labels):
     """The batches as `format: tokens`, a row per line."""
-    rows = zip(tokens.reshape(-1, tokens.shape[-1]).tolist(), labels.reshape(-1, labels.shape[-1]).tolist(), strict=True)
+    rows = zip(
+        tokens.reshape(-1, tokens.shape[-1]).tolist(), labels.reshape(-1, labels.shape[-1]).tolist(), strict=True
+    )
     path.write_text("".join(json.dumps({"input_ids": i, "labels": ls}) + "\n" for i, ls in rows))
     return path
 

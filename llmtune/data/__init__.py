@@ -4,4 +4,13 @@ from llmtune.data.batches import BatchSource, HostBatch, evaluation_batches, rea
 from llmtune.data.dataset import Counts, Dataset
 from llmtune.data.run_data import RunData, load_data
 
-__all__ = ["BatchSource", "Counts", "Dataset", "HostBatch", "RunData", "evaluation_batches", "load_data", "read_batches"]
+__all__ = [
+    "BatchSource",
+    "Counts",
+    "Dataset",
+    "HostBatch",
+    "RunData",
+    "evaluation_batches",
+    "load_data",
+    "read_batches",
+]

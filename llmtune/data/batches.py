@@ -1,9 +1,9 @@
 """Batches as a pure function of the step: (data set, plan, step) -> int32 [batch, sequence_length] arrays.
 
-    tokens        ids, 0 on padding (padding is known by segment_ids, never by id)
-    labels        aligned with tokens; -100 where there is no loss, and on the first token of each document
-    segment_ids   0 on padding, 1.. for the documents of a row
-    positions     index within the document
+tokens        ids, 0 on padding (padding is known by segment_ids, never by id)
+labels        aligned with tokens; -100 where there is no loss, and on the first token of each document
+segment_ids   0 on padding, 1.. for the documents of a row
+positions     index within the document
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,9 @@ class BatchSource:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> HostBatch:
+    def __getitem__(self, index: int) -> HostBatch:
         share = self.batch_size // self.processes
-        first = step * self.batch_size + self.process * share
+        first = index * self.batch_size + self.process * share
         return assemble([self._row(first + k) for k in range(share)], self.dataset, self.sequence_length)
 
     def _row(self, index: int) -> np.ndarray:

@@ -79,7 +79,8 @@ def _fit(example: Example, limit: int, too_long: str, counts: Counts) -> Iterato
             yield _piece(example, start, start + limit)
     elif too_long == "error":
         raise LlmtuneDataError(
-            f"{example.where}: {length} tokens, data.sequence_length is {limit}; raise it, or set data.too_long to truncate or drop"
+            f"{example.where}: {length} tokens, data.sequence_length is {limit}; "
+            "raise it, or set data.too_long to truncate or drop"
         )
     else:
         cut = _piece(example, 0, limit)

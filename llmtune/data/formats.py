@@ -2,7 +2,8 @@
 
     tokens              {"input_ids": [...], "labels": [...]}; -100 where there is no loss; labels default to the ids
     text                {"text": ...}                    BOS text EOS; everything is a target
-    prompt_completion   {"prompt": ..., "completion": ...}    BOS prompt completion EOS; completion and EOS are targets
+    prompt_completion   {"prompt": ..., "completion": ...}    BOS prompt completion EOS; completion and EOS are targets,
+                        with `objective: pretrain` the prompt too
 
 Prompt and completion are tokenised apart, so that the boundary lies between tokens whatever the text.
 """
@@ -46,8 +47,10 @@ def detect_format(row: Row, columns: Mapping[str, str]) -> str:
     )
 
 
-def make_formatter(name: str, tokenizer: Tokenizer | None, columns: Mapping[str, str], vocab_size: int) -> Formatter:
-    """The function from rows of one format to examples."""
+def make_formatter(
+    name: str, tokenizer: Tokenizer | None, columns: Mapping[str, str], vocab_size: int, *, pretrain: bool = False
+) -> Formatter:
+    """The function from rows of one format to examples; `pretrain`: prompts are targets too."""
     if name == "tokens":
         return lambda row: _tokens(row, vocab_size)
     if tokenizer is None:
@@ -56,7 +59,7 @@ def make_formatter(name: str, tokenizer: Tokenizer | None, columns: Mapping[str,
         )
     if name == "text":
         return lambda row: _text(row, tokenizer, columns)
-    return lambda row: _prompt_completion(row, tokenizer, columns)
+    return lambda row: _prompt_completion(row, tokenizer, columns, pretrain)
 
 
 def read_examples(rows: Iterable[Row], formatter: Formatter) -> Iterator[Example]:
@@ -72,24 +75,30 @@ def _tokens(row: Row, vocab_size: int) -> Example:
     ids = _integers(row, "input_ids", 0, vocab_size)
     labels = _integers(row, "labels", 0, vocab_size, IGNORED) if "labels" in row.value else ids.copy()
     if len(labels) != len(ids):
-        raise LlmtuneDataError(f"{row.where}: {len(ids)} input_ids but {len(labels)} labels; they are aligned one to one")
+        raise LlmtuneDataError(
+            f"{row.where}: {len(ids)} input_ids but {len(labels)} labels; they are aligned one to one"
+        )
     return Example(ids, labels, row.where)
 
 
 def _text(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Example:
-    ids = np.array([*_encode(tokenizer, _string(row, "text", columns), row, bos=True), *tokenizer.eos_ids[:1]], np.int32)
+    ids = np.array(
+        [*_encode(tokenizer, _string(row, "text", columns), row, bos=True), *tokenizer.eos_ids[:1]], np.int32
+    )
     labels = ids.copy()
     if tokenizer.bos_id is not None:
         labels[0] = IGNORED
     return Example(ids, labels, row.where, splittable=True)
 
 
-def _prompt_completion(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Example:
+def _prompt_completion(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str], pretrain: bool) -> Example:
     prompt = _encode(tokenizer, _string(row, "prompt", columns), row, bos=True)
     text = _string(row, "completion", columns)
     completion = [*_encode(tokenizer, text, row, bos=False), *tokenizer.eos_ids[:1]] if text else []
-    labels = [IGNORED] * len(prompt) + completion
-    return Example(np.array(prompt + completion, np.int32), np.array(labels, np.int32), row.where)
+    ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
+    if pretrain:
+        labels[1:] = ids[1:]
+    return Example(np.array(ids, np.int32), np.array(labels, np.int32), row.where)
 
 
 def _encode(tokenizer: Tokenizer, text: str, row: Row, *, bos: bool) -> list[int]:

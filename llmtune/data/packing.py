@@ -26,7 +26,9 @@ class Plan:
         return self.order[self.starts[index] : self.starts[index + 1]]
 
 
-def plan_epoch(lengths: np.ndarray, sequence_length: int, *, seed: int, epoch: int, packing: bool, shuffle: bool) -> Plan:
+def plan_epoch(
+    lengths: np.ndarray, sequence_length: int, *, seed: int, epoch: int, packing: bool, shuffle: bool
+) -> Plan:
     """The rows of an epoch. Without packing each example has its own; without shuffling, in file order."""
     count = len(lengths)
     order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)

@@ -13,6 +13,8 @@ from typing import Any
 from llmtune.errors import LlmtuneDataError
 from llmtune.shipped import resolve
 
+BOM = b"\xef\xbb\xbf"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,7 +29,9 @@ def data_files(names: str | Sequence[str]) -> list[Path]:
     paths = [resolve(name) for name in ([names] if isinstance(names, str) else names)]
     for path in paths:
         if not path.is_file():
-            raise LlmtuneDataError(f"{path}: no such file; data.train and data.validation name jsonl, json or txt files")
+            raise LlmtuneDataError(
+                f"{path}: no such file; data.train and data.validation name jsonl, json or txt files"
+            )
         if path.stat().st_size == 0:
             raise LlmtuneDataError(f"{path}: the file is empty")
         if path.suffix.lower() not in READERS:
@@ -38,7 +42,10 @@ def data_files(names: str | Sequence[str]) -> list[Path]:
 def read_rows(paths: Sequence[Path]) -> Iterator[Row]:
     """All rows of all files, in order."""
     for path in paths:
-        yield from READERS[path.suffix.lower()](path)
+        try:
+            yield from READERS[path.suffix.lower()](path)
+        except OSError as error:
+            raise LlmtuneDataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def files_digest(paths: Sequence[Path]) -> str:
@@ -54,43 +61,48 @@ def files_digest(paths: Sequence[Path]) -> str:
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{path}:{number}")
-            if text.strip():
-                yield _row(_parse(text, f"{path}:{number}"), f"{path}:{number}")
+            text = _decode(line.removeprefix(BOM) if number == 1 else line, path, number).strip()
+            if text:
+                yield _row(_parse(text, path, number), f"{path}:{number}")
 
 
 def _json(path: Path) -> Iterator[Row]:
-    text = _decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
-    values = _parse(text, str(path))
+    values = _parse(_decode(path.read_bytes().removeprefix(BOM), path), path)
     if not isinstance(values, list):
-        raise LlmtuneDataError(f"{path}: a list of rows is expected, not {type(values).__name__}; one row per line goes into .jsonl")
+        raise LlmtuneDataError(
+            f"{path}: a list of rows is expected, not {type(values).__name__}; one row per line goes into .jsonl"
+        )
     for number, value in enumerate(values, 1):
         yield _row(value, f"{path}: row {number}")
 
 
 def _txt(path: Path) -> Iterator[Row]:
-    yield Row({"text": _decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))}, str(path))
+    yield Row({"text": _decode(path.read_bytes().removeprefix(BOM), path)}, str(path))
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}
 
 
-def _decode(raw: bytes, where: str) -> str:
+def _decode(raw: bytes, path: Path, line: int = 1) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LlmtuneDataError(f"{where}: not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}); convert the file") from None
+        line += raw.count(b"\n", 0, error.start)
+        raise LlmtuneDataError(
+            f"{path}:{line}: not UTF-8 (there is a byte 0x{raw[error.start]:02x}); convert the file"
+        ) from None
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, path: Path, line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
         raise LlmtuneDataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
-        raise LlmtuneDataError(f"{where}: nested too deep to be a row") from None
+        raise LlmtuneDataError(f"{path}:{line}: nested too deep to be a row") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise LlmtuneDataError(f"{where}: not valid JSON ({error})") from None
+        raise LlmtuneDataError(f"{path}:{line}: not valid JSON ({error})") from None
 
 
 def _row(value: Any, where: str) -> Row:

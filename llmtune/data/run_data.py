@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.config import Data, Run
+from llmtune.config import Run
 from llmtune.data.batches import BatchSource
 from llmtune.data.dataset import Dataset, collect
 from llmtune.data.formats import Example, detect_format, make_formatter, read_examples
@@ -62,7 +62,7 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
 
     def load(names: str | Sequence[str], key: str) -> tuple[Dataset, str, str]:
         paths = data_files(names)
-        examples, found = _examples(paths, run.data, tokenizer, config)
+        examples, found = _examples(paths, run, tokenizer, config)
         dataset = collect(_counted(examples, tick), run.data.sequence_length, run.data.too_long, name=key)
         return dataset, files_digest(paths), f"{key}: {found}, {dataset.counts.describe()}"
 
@@ -75,15 +75,15 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
 
 
 def _examples(
-    paths: Sequence[Path], data: Data, tokenizer: Tokenizer | None, config: ModelConfig
+    paths: Sequence[Path], run: Run, tokenizer: Tokenizer | None, config: ModelConfig
 ) -> tuple[Iterator[Example], str]:
-    rows = read_rows(paths)
+    data, rows = run.data, read_rows(paths)
     first = next(rows, None)
     if first is None:
         raise LlmtuneDataError(f"{paths[0]}: the file holds no rows")
     found = detect_format(first, data.columns) if data.format == "auto" else data.format
     note = f"{found} (detected)" if data.format == "auto" else found
-    formatter = make_formatter(found, tokenizer, data.columns, config.vocab_size)
+    formatter = make_formatter(found, tokenizer, data.columns, config.vocab_size, pretrain=run.objective == "pretrain")
     return read_examples(_again(first, rows), formatter), note
 
 

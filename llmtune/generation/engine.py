@@ -20,7 +20,7 @@ from llmtune.generation.cache import KVCache, attend_and_fill, attend_to_cache, 
 from llmtune.generation.sampling import Sampling, draw, greedy
 from llmtune.models.config import ModelConfig
 from llmtune.models.language_model import LanguageModel
-from llmtune.sharding import Strategy, axis_size, put, spec
+from llmtune.sharding import Strategy, axis_size, placed_by_compiler, put, spec
 from llmtune.weights import linear
 
 SLICE = 32  # tokens decoded between two looks from the host
@@ -112,13 +112,13 @@ def _compiled(
     select = greedy if sampling.temperature == 0.0 else draw
 
     def choose(model: LanguageModel, hidden: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
-        """hidden [batch, 1, embed] -> the next token of each row, which will stand at `positions` [batch]."""
+        """Hidden [batch, 1, embed] -> the next token of each row, which will stand at `positions` [batch]."""
         logits = linear(hidden, model.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
 
         def pick(logits: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
             return select(logits[:, 0], jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
-        return jax.sharding.auto_axes(pick, out_sharding=spec("batch"))(logits, keys, positions)
+        return placed_by_compiler(pick, "batch")(logits, keys, positions)
 
     def prefill(params: Any, tokens: jax.Array, segments: jax.Array, positions: jax.Array, seed: jax.Array) -> Decoding:
         with strategy.active():

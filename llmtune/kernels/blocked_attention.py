@@ -28,11 +28,14 @@ def blocked_attention(
     scale: float,
     block: int = 256,
 ) -> jax.Array:
-    """q [batch, seq, heads, size], k and v [batch, seq, kv_heads, size] -> like q. Softmax in float32."""
+    """Q [batch, seq, heads, size], k and v [batch, seq, kv_heads, size] -> like q. Softmax in float32."""
     batch, seq, heads, size = q.shape
     kv_heads = k.shape[2]
     padded = -(-seq // block) * block
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, padded - seq)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padded - seq), *((0, 0),) * (x.ndim - 2)))
+
     q_blocks = pad(q).reshape(batch, -1, block, kv_heads, heads // kv_heads, size).transpose(1, 0, 3, 4, 2, 5)
     k_blocks, v_blocks = (pad(x).reshape(batch, -1, block, kv_heads, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
     segments = tuple(pad(s).reshape(batch, -1, block).swapaxes(0, 1) for s in (q_segments, kv_segments))

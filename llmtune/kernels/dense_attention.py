@@ -19,7 +19,7 @@ def dense_attention(
     scale: float,
     q_offset: jax.Array | int = 0,
 ) -> jax.Array:
-    """q [batch, q, heads, size], k and v [batch, kv, kv_heads, size] -> like q. Softmax in float32.
+    """Q [batch, q, heads, size], k and v [batch, kv, kv_heads, size] -> like q. Softmax in float32.
 
     Queries of one key head are stacked into the rows of a single matmul, so grouped keys are never repeated.
     """

@@ -21,7 +21,7 @@ class Mask:
 def visible(
     mask: Mask, q_index: jax.Array, kv_index: jax.Array, q_segments: jax.Array, kv_segments: jax.Array
 ) -> jax.Array:
-    """bool [batch, q, kv] from int32 indices [q], [kv] and segment ids [batch, q], [batch, kv]."""
+    """Bool [batch, q, kv] from int32 indices [q], [kv] and segment ids [batch, q], [batch, kv]."""
     seen = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments[:, :, None] > 0)
     ahead = q_index[:, None] - kv_index[None, :]
     if mask.causal:

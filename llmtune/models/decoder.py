@@ -55,7 +55,9 @@ class Embed(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         shape = (config.vocab_size, config.hidden_size)
-        self.table = nnx.Param(ArraySpec(shape, ("vocab", "embed"), init=normal(config.initializer_range)))
+        self.table: nnx.Param[Any] = nnx.Param(
+            ArraySpec(shape, ("vocab", "embed"), init=normal(config.initializer_range))
+        )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return embed_lookup(ids, self.table.get_value())
@@ -67,9 +69,9 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig):
         shape = (config.hidden_size, config.vocab_size)
         kernel = ArraySpec(shape, ("embed", "vocab"), init=normal(config.initializer_range))
-        self.kernel = nnx.Param(None if config.tie_word_embeddings else kernel)
-        self.score = nnx.Param(None)
-        self.value = nnx.Param(None)
+        self.kernel: nnx.Param[Any] = nnx.Param(None if config.tie_word_embeddings else kernel)
+        self.score: nnx.Param[Any] = nnx.Param(None)
+        self.value: nnx.Param[Any] = nnx.Param(None)
 
 
 class Decoder(nnx.Module):
@@ -80,7 +82,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([_stack(Block(config), config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config)
-        self.prompt = nnx.Param(None)
+        self.prompt: nnx.Param[Any] = nnx.Param(None)
         self.config = config
 
     def hidden(

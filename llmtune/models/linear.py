@@ -1,5 +1,7 @@
 """A matrix as a Flax module: it declares shape, axes and init, and calls the door."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -12,7 +14,7 @@ class Linear(nnx.Module):
     def __init__(
         self, n_in: int, n_out: int, axes: tuple[str, str], *, init: Initializer, out_axes: tuple[str, str, str]
     ):
-        self.kernel = nnx.Param(ArraySpec((n_in, n_out), axes, init=init))
+        self.kernel: nnx.Param[Any] = nnx.Param(ArraySpec((n_in, n_out), axes, init=init))
         self.out_axes = out_axes
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): x / rms(x) * weight."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ class RMSNorm(nnx.Module):
     """Normalises the last axis in float32, and scales in the activations' dtype (as the published models do)."""
 
     def __init__(self, size: int, eps: float):
-        self.weight = nnx.Param(ArraySpec((size,), (None,), init=constant(1.0)))
+        self.weight: nnx.Param[Any] = nnx.Param(ArraySpec((size,), (None,), init=constant(1.0)))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,10 +1,23 @@
 """Meshes, strategy tables, and the way from logical axes to shardings. Imports nothing of ours."""
 
-from llmtune.sharding.layout import axis_size, put, replicated, sharding_for
-from llmtune.sharding.mesh import MESH_AXES, default_mesh, make_mesh
+from llmtune.sharding.layout import axis_size, placed_by_compiler, put, replicated, sharding_for
+from llmtune.sharding.mesh import MESH_AXES, Devices, default_mesh, make_mesh
 from llmtune.sharding.strategy import REPLICATED, ShardingError, Strategy, current, load_strategy, spec
 
 __all__ = [
-    "MESH_AXES", "REPLICATED", "ShardingError", "Strategy", "axis_size", "current", "default_mesh", "load_strategy",
-    "make_mesh", "put", "replicated", "sharding_for", "spec",
+    "MESH_AXES",
+    "REPLICATED",
+    "Devices",
+    "ShardingError",
+    "Strategy",
+    "axis_size",
+    "current",
+    "default_mesh",
+    "load_strategy",
+    "make_mesh",
+    "placed_by_compiler",
+    "put",
+    "replicated",
+    "sharding_for",
+    "spec",
 ]  # fmt: skip

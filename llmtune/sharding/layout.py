@@ -1,34 +1,43 @@
 """From logical axes to shardings: one NamedSharding per array of a tree, checked against the shapes it must divide."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmtune.sharding.strategy import ShardingError, Strategy
+from llmtune.sharding.strategy import ShardingError, Strategy, spec
 
 
 def sharding_for(
     shape: Sequence[int], logical: Sequence[str | None], mesh: Mesh, strategy: Strategy, *, name: str
 ) -> NamedSharding:
     """The sharding of one array. `name` is its path, for the error that says which axis does not divide."""
-    spec = strategy.spec(*logical)
-    for size, axis, part in zip(shape, logical, spec, strict=True):
+    layout = strategy.spec(*logical)
+    for size, axis, part in zip(shape, logical, layout, strict=True):
         ways = axis_size(mesh, part)
         if size % ways:
             raise ShardingError(
                 f"{name}: axis {axis!r} of size {size} cannot be split {ways} ways over the mesh axis {part!r} "
                 f"(strategy {strategy.name}); sizes that divide it: {_divisors(size, mesh.size)}"
             )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, layout)
 
 
 def axis_size(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
     """Into how many pieces a dimension with this entry of a PartitionSpec is split."""
     names = (part,) if isinstance(part, str) else (part or ())
     return math.prod(mesh.shape[name] for name in names)
+
+
+def placed_by_compiler(function: Callable, *out_axes: str | None) -> Callable[..., jax.Array]:
+    """The function with shardings chosen by XLA inside, its result laid out as `out_axes` say.
+
+    For what explicit axes refuse: gathers with two sharded operands, sorting along a sharded axis, and the like. All traced
+    values must be arguments; none may be closed over.
+    """
+    return jax.sharding.auto_axes(function, out_sharding=spec(*out_axes))  # type: ignore[return-value]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

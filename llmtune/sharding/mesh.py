@@ -5,6 +5,7 @@ A single device is the (1, 1) mesh; there is no code path without a mesh.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,9 +13,10 @@ from jax.sharding import AxisType, Mesh
 from llmtune.sharding.strategy import ShardingError, Strategy
 
 MESH_AXES = ("fsdp", "tensor")
+Devices = Sequence[Any]  # of jax.Device, which is a class only at run time
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Devices | None = None) -> Mesh:
     """A mesh over all `devices` (default: all there are). One size may be -1: what the others leave over.
 
     Raises ShardingError where the sizes do not multiply to the number of devices.
@@ -39,7 +41,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=explicit, devices=devices)
 
 
-def default_mesh(strategy: Strategy, fits: Callable[[Mesh], bool], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def default_mesh(strategy: Strategy, fits: Callable[[Mesh], bool], devices: Devices | None = None) -> Mesh:
     """The mesh for a strategy whose user named no sizes: as much of the tensor axis as the model divides into, rest fsdp.
 
     `fits(mesh)` tells whether the model's weights divide over a mesh; strategies without a tensor axis take all as fsdp.

@@ -19,7 +19,9 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     if not model.is_file():
         return None
     if b" 0\n" in model.read_bytes()[:64]:  # lines of "base64 rank": tiktoken's format
-        raise LlmtuneFormatError(f"{model}: tiktoken files are not read yet; put the tokenizer.json of the model beside it")
+        raise LlmtuneFormatError(
+            f"{model}: tiktoken files are not read yet; put the tokenizer.json of the model beside it"
+        )
     return read_sentencepiece(model)
 
 

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
-        """ids of a text; `bos` puts exactly one BOS first, `allow_special` lets the spelling of a control token be one."""
+        """Ids of a text; `bos` puts exactly one BOS first, `allow_special` lets the spelling of a control token be one."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

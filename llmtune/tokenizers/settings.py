@@ -39,7 +39,7 @@ def read_settings(directory: Path) -> Settings:
 
 
 def ending_ids(settings: Settings, id_of: Callable[[str], int | None], fallback: int | None) -> tuple[int, ...]:
-    """eos ids, the tokenizer's own eos first: it is the one that ends a training row."""
+    """Eos ids, the tokenizer's own eos first: it is the one that ends a training row."""
     own = id_of(settings.eos) if settings.eos is not None else fallback
     first = () if own is None else (own,)
     return tuple(dict.fromkeys((*first, *settings.eos_ids)))

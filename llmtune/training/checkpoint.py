@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import jax
 import orbax.checkpoint
@@ -33,8 +32,8 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self._saver = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(self.keep),
+            str(self.directory),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self.keep),  # type: ignore[arg-type]
             cleanup_tmp_directories=True,
         )
 

@@ -55,7 +55,9 @@ class Display:
         self._done += by
         if self._task is not None:
             self._progress.update(self._task, advance=by, status=status)
-        if not self._live and (time.monotonic() - self._spoke > QUIET_SECONDS or (self._done == self._total and status)):
+        if not self._live and (
+            time.monotonic() - self._spoke > QUIET_SECONDS or (self._done == self._total and status)
+        ):
             self._spoke = time.monotonic()
             of = "" if self._total is None else f"/{self._total}"
             self.note(f"{self._name} {self._done}{of} {status}".rstrip())

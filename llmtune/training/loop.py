@@ -2,7 +2,6 @@
 
 import functools
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from llmtune.evaluation.perplexity import HeldOut
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
-from llmtune.sharding import Strategy, axis_size
+from llmtune.sharding import Devices, Strategy, axis_size
 from llmtune.shipped import resolve
 from llmtune.training import samples
 from llmtune.training.checkpoint import Checkpoints
@@ -49,7 +48,7 @@ class Summary:
     exports: dict[str, Path]
 
 
-def train(run: Run, display: Display | None = None, devices: Sequence[jax.Device] | None = None) -> Summary:
+def train(run: Run, display: Display | None = None, devices: Devices | None = None) -> Summary:
     """Carry out a run, or take it up where its last checkpoint left it, on `devices` (default: all there are).
 
     Raises LlmtuneError for what a user can mend.
@@ -234,9 +233,15 @@ def conclude(display: Display, summary: Summary, directory: RunDirectory) -> Non
             f"(loss {summary.before.loss:.4f} -> {summary.after.loss:.4f} over {summary.after.tokens:,} tokens)"
         )
     evaluation = directory.read_evaluation()
-    pairs = zip(evaluation["before"]["samples"], evaluation["after"]["samples"], strict=True) if "before" in evaluation else ()
+    pairs = (
+        zip(evaluation["before"]["samples"], evaluation["after"]["samples"], strict=True)
+        if "before" in evaluation
+        else ()
+    )
     for before, after in pairs:
-        display.note(f"\nprompt: {before['prompt']}\n  before: {before['completion']!r}\n  after:  {after['completion']!r}")
+        display.note(
+            f"\nprompt: {before['prompt']}\n  before: {before['completion']!r}\n  after:  {after['completion']!r}"
+        )
     display.note("")
     for kind, path in summary.exports.items():
         display.note(f"{kind}: {path}")

@@ -14,8 +14,10 @@ from llmtune.weights import path_name
 
 
 def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Update i (from 0) uses schedule(i): linear warmup from 0 over `warmup_steps`, then constant, linear or cosine to
-    `final_fraction` of the peak at `steps`."""
+    """Update i (from 0) uses schedule(i).
+
+    Linear warmup from 0 over `warmup_steps`, then constant, linear or cosine to `final_fraction` of the peak at `steps`.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(steps - warmup, 1)
     decays = {

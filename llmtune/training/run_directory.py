@@ -1,12 +1,12 @@
 """The directory of a run: what belongs to it, and that nobody else's run is touched.
 
-    config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
-                     (all but `sharding`: a run may go on, on other devices)
-    data.sha256      of the data files; a resumed run must see the same
-    metrics.jsonl    an object per step
-    checkpoints/     Orbax
-    evaluation.json  held-out loss, perplexity and sample generations before and after
-    export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory), complete only when the run is
+config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
+                 (all but `sharding`: a run may go on, on other devices)
+data.sha256      of the data files; a resumed run must see the same
+metrics.jsonl    an object per step
+checkpoints/     Orbax
+evaluation.json  held-out loss, perplexity and sample generations before and after
+export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory), complete only when the run is
 """
 
 import json
@@ -86,7 +86,9 @@ def claim(run: Run, data_digest: str) -> RunDirectory:
         write_whole(directory.data, data_digest + "\n")
         write_whole(directory.config, text)
     except OSError as error:
-        raise LlmtuneError(f"output: {run.output} cannot be written ({error.strerror}); choose another directory") from None
+        raise LlmtuneError(
+            f"output: {run.output} cannot be written ({error.strerror}); choose another directory"
+        ) from None
     return directory
 
 
@@ -115,4 +117,8 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in _flat(child, f"{prefix}.{name}".lstrip(".")).items()
+    }

@@ -1,17 +1,15 @@
 """From a run's configuration to the weights it trains: which base, which transform, what stays frozen."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from llmtune import pretrained
 from llmtune.config import Adapt, Run, Sharding
 from llmtune.model import build_params, divides
 from llmtune.models.decoder import declare
-from llmtune.sharding import Strategy, default_mesh, load_strategy, make_mesh
+from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
 from llmtune.transforms import Transform, adapters, everything, identity, lora, partition
 
@@ -25,9 +23,7 @@ class Weights:
     frozen: Any
 
 
-def choose_layout(
-    sharding: Sharding | None, declared: Any, devices: Sequence[jax.Device] | None = None
-) -> tuple[Mesh, Strategy]:
+def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | None = None) -> tuple[Mesh, Strategy]:
     """The mesh and the strategy table of a run; without a section, fsdp over all devices."""
     strategy = load_strategy("fsdp" if sharding is None else sharding.strategy, configs_directory() / "strategies")
     if sharding is not None and sharding.mesh:

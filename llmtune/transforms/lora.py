@@ -29,9 +29,7 @@ class Factors:
     ranks: tuple[int, ...] | None = None
 
 
-def lora(
-    *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", rslora: bool = False
-) -> Transform:
+def lora(*, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", rslora: bool = False) -> Transform:
     """A fresh adapter: a as peft draws it (Kaiming-uniform with slope sqrt(5): within 1/sqrt(in)), b zero."""
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmtune.sharding import current, spec
+from llmtune.sharding import current, placed_by_compiler, spec
 from llmtune.weights.gather import gather
 from llmtune.weights.operator import Operator
 
@@ -39,9 +39,7 @@ def embed_lookup(ids: jax.Array, w: jax.Array) -> jax.Array:
 
     Ids and table may both be sharded, which explicit axes refuse in a gather; XLA places this one.
     """
-    lookup = jax.sharding.auto_axes(
-        lambda ids, w: w.at[ids].get(mode="clip"), out_sharding=spec("batch", "seq", "act_embed")
-    )
+    lookup = placed_by_compiler(lambda ids, w: w.at[ids].get(mode="clip"), "batch", "seq", "act_embed")
     return lookup(ids, gather(w))
 
 
@@ -49,13 +47,11 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     """Grouped matmul: rows [tokens, in] sorted by expert, [experts, in, out], int32 [experts] -> [tokens, out]."""
     if isinstance(w, Operator):
         raise TypeError(f"{type(w).__name__} is not yet a weight of experts")
-    grouped = jax.sharding.auto_axes(jax.lax.ragged_dot, out_sharding=spec(*out_axes))
+    grouped = placed_by_compiler(jax.lax.ragged_dot, *out_axes)
     return grouped(x, gather(w.astype(x.dtype)), group_sizes)
 
 
-def head_loss(
-    hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int
-) -> tuple[jax.Array, jax.Array]:
+def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and the log-sum-exp of its logits, both float32 [batch, seq].
 
     hidden [batch, seq, embed], targets int32 [batch, seq]. Logits exist for about `chunk` tokens of each row at a time,

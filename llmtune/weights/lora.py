@@ -37,12 +37,12 @@ class LoRA(Operator):
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
-        """x @ base + scale * (x @ a) @ b."""
+        """X @ base + scale * (x @ a) @ b."""
         low = linear(linear(x, self.a, ("batch", "seq", "act_rank")), self.b, out_axes)
         return linear(x, self.base, out_axes) + self.scale.astype(x.dtype) * low
 
     def dense(self) -> jax.Array:
-        """base + scale * a @ b, in float32."""
+        """Base + scale * a @ b, in float32."""
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
         return dense(self.base) + self.scale[..., None, None] * product
 

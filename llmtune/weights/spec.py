@@ -82,7 +82,9 @@ def materialize(specs: Any, key: jax.Array, mesh: Mesh, strategy: Strategy) -> A
         return put(spec.init.astype(spec.dtype), layout)
 
     given = jax.tree.map(place, specs, layouts)
-    drawn_layouts = jax.tree.map(lambda spec, layout: None if isinstance(spec.init, np.ndarray) else layout, specs, layouts)
+    drawn_layouts = jax.tree.map(
+        lambda spec, layout: None if isinstance(spec.init, np.ndarray) else layout, specs, layouts
+    )
     drawn = jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, specs), out_shardings=drawn_layouts)()
     return jax.tree.map(lambda d, g: g if d is None else d, drawn, given, is_leaf=lambda leaf: leaf is None)
 

@@ -21,7 +21,7 @@ class Tied(Operator):
     trainable: ClassVar[tuple[str, ...]] = ("table",)
 
     def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
-        """x @ table.T."""
+        """X @ table.T."""
         return unembed(x, self.table, out_axes)
 
     def dense(self) -> jax.Array:

@@ -34,7 +34,9 @@ def test_byte_equal(name, dtype, tmp_path):
     source = save_model(name, tmp_path / "hf", dtype=dtype)
     llmtune.load(source).save(tmp_path / "out")
     assert_same_bytes(source, tmp_path / "out")
-    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.loads((source / "config.json").read_text()) == json.loads(
+        (tmp_path / "out" / "config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "tensor"])

@@ -7,10 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from tests.runs import STEPS, curve, run_config, write_rows
 from tests.parity.torch_training import cosine, load_peer, train_peer
-
-
+from tests.runs import STEPS, curve, run_config, write_rows
 
 
 def fresh_adapter(model_directory, path, **settings):
@@ -40,20 +38,29 @@ def test_full_fine_tuning_follows_torch(stories, batches, tmp_path):
     np.testing.assert_allclose(norms, [norm for _, norm in peer], rtol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"r": 8, "lora_alpha": 16}, {"r": 4, "lora_alpha": 8, "use_rslora": True}], ids=["lora", "rslora"])
+@pytest.mark.parametrize(
+    "settings", [{"r": 8, "lora_alpha": 16}, {"r": 4, "lora_alpha": 8, "use_rslora": True}], ids=["lora", "rslora"]
+)
 def test_lora_follows_peft_from_the_same_adapter(stories, batches, tmp_path, settings):
     adapter = fresh_adapter(stories, tmp_path / "adapter", **settings)
     data = write_rows(tmp_path / "rows.jsonl", *batches)
     losses, norms = curve(run_config(tmp_path, stories, data, adapt={"from": str(adapter)}))
     model = load_peer(stories, adapter)
     peer = train_peer(
-        model, zip(*batches, strict=True), learning_rate=1e-3, schedule=cosine(STEPS, 3), weight_decay=0.1, clip_norm=1.0
+        model,
+        zip(*batches, strict=True),
+        learning_rate=1e-3,
+        schedule=cosine(STEPS, 3),
+        weight_decay=0.1,
+        clip_norm=1.0,
     )
     np.testing.assert_allclose(losses, [loss for loss, _ in peer], rtol=1e-4)
     np.testing.assert_allclose(norms, [norm for _, norm in peer], rtol=1e-3)
 
     tokens = torch.tensor(batches[0][0])
-    exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories), tmp_path / "run/export/adapter").eval()
+    exported = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(stories), tmp_path / "run/export/adapter"
+    ).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/model").eval()
     with torch.no_grad():
         trained, theirs, whole = (m(tokens).logits.numpy() for m in (model.eval(), exported, merged))

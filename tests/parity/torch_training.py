@@ -19,7 +19,9 @@ def token_loss(model, tokens, labels):
     """Mean cross-entropy over the targets of the whole batch."""
     logits = model(torch.tensor(tokens)).logits[:, :-1]
     targets = torch.tensor(labels)[:, 1:].long()
-    return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100)
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100
+    )
 
 
 def train_peer(model, batches, *, learning_rate, schedule, weight_decay=0.0, clip_norm=None):

@@ -31,7 +31,11 @@ def test_unknown_strategy_lists_the_known():
 
 def test_mesh_sizes():
     assert dict(make_mesh({"fsdp": -1, "tensor": 2}).shape) == {"fsdp": 4, "tensor": 2}
-    for sizes, said in [({"fsdp": 3}, "8 devices"), ({"fdsp": 8}, "unknown axis"), ({"fsdp": -1, "tensor": -1}, "at most one")]:
+    for sizes, said in [
+        ({"fsdp": 3}, "8 devices"),
+        ({"fdsp": 8}, "unknown axis"),
+        ({"fsdp": -1, "tensor": -1}, "at most one"),
+    ]:
         with pytest.raises(ShardingError, match=said):
             make_mesh(sizes)
 

@@ -53,7 +53,13 @@ def test_a_checkpoint_moves_between_meshes(stories, data, single, tmp_path):
 
     def run(sharding):
         return run_config(
-            tmp_path, stories, data, adapt=ADAPT["lora"], train=train_section(), checkpoint={"every": 6}, sharding=sharding
+            tmp_path,
+            stories,
+            data,
+            adapt=ADAPT["lora"],
+            train=train_section(),
+            checkpoint={"every": 6},
+            sharding=sharding,
         )
 
     train_until(run(STRATEGIES["fsdp"]), step=7, devices=8)

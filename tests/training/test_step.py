@@ -41,7 +41,7 @@ def step_and_arguments(transform, trains, remat="none", tied=False):
     bind = functools.partial(LanguageModel, graphdef, remat=POLICIES[remat], head_chunk=8)
     step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
     ones = jnp.ones((BATCH, SEQ), jnp.int32)
-    batch = {name: ones for name in ("tokens", "labels", "segment_ids", "positions")}
+    batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), ones)
     return mesh, step, (init_state(trainable, optimizer), frozen, batch)
 
 
@@ -78,7 +78,7 @@ def test_rematerialisation_changes_no_number(remat):
     for policy in ("none", remat):
         mesh, step, arguments = step_and_arguments(identity, everything, policy)
         with jax.set_mesh(mesh):
-            state, metrics = jax.jit(step)(*arguments)
+            _, metrics = jax.jit(step)(*arguments)
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
@@ -101,13 +101,15 @@ def test_one_compile_per_run(stories, assets, tmp_path, caplog, adapt):
             llmtune.train(run, devices=jax.devices()[:1])
     finally:
         jax.config.update("jax_log_compiles", False)
-    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation of jit(step)" in record.getMessage()]
+    compiled = [
+        record.getMessage()
+        for record in caplog.records
+        if "Finished XLA compilation of jit(step)" in record.getMessage()
+    ]
     assert len(compiled) == 2, compiled
 
 
 def test_sixteen_bit_compute_keeps_float32_masters_and_the_frozen_base_as_stored():
-    graphdef, declared = declare(CONFIG)
-    del graphdef
     mesh, step, (state, frozen, batch) = step_and_arguments(lora(rank=RANK, alpha=8), adapters)
     frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf, frozen)
     with jax.set_mesh(mesh):

@@ -28,7 +28,7 @@ def test_named_rules_and_regular_expressions():
 
 @pytest.mark.parametrize("rule", ["query_proj", "(", "nothing"])
 def test_a_rule_that_matches_nothing_is_refused(rule):
-    with pytest.raises(LlmtuneConfigError, match="adapt.targets"):
+    with pytest.raises(LlmtuneConfigError, match=r"adapt\.targets"):
         select(declared(), rule)
 
 

@@ -81,7 +81,10 @@ def heads(mesh):
     yield "array", place(mesh, w, "embed", "vocab"), w
     yield "tied", Tied(place(mesh, w.T, "vocab", "embed")), w
     lora = LoRA(
-        place(mesh, w, "embed", "vocab"), place(mesh, a, "embed", "rank"), place(mesh, b, "rank", "vocab"), jnp.float32(0.5)
+        place(mesh, w, "embed", "vocab"),
+        place(mesh, a, "embed", "rank"),
+        place(mesh, b, "rank", "vocab"),
+        jnp.float32(0.5),
     )
     yield "lora", lora, w + 0.5 * a @ b
     tied = LoRA(Tied(place(mesh, w.T, "vocab", "embed")), lora.a, lora.b, lora.scale)
@@ -124,7 +127,7 @@ def test_head_loss_never_holds_the_logits_of_whole_rows(mesh):
             with TENSOR.active():
                 return jax.grad(loss, argnums=0)(h, w, t)
 
-        shapes = {aval for aval in every_shape(jax.make_jaxpr(traced)(h, weight, t).jaxpr)}
+        shapes = set(every_shape(jax.make_jaxpr(traced)(h, weight, t).jaxpr))
         assert not [s for s in shapes if np.prod(s) >= batch * seq * vocab]
 
 
@@ -134,7 +137,9 @@ def every_shape(jaxpr):
         for variable in equation.outvars:
             if hasattr(variable.aval, "shape"):
                 yield tuple(variable.aval.shape)
-        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from every_shape(inner)

@@ -61,9 +61,8 @@ def refusal(load, tmp_path):
 def test_the_defaults_are_those_of_the_documented_example(load):
     example, minimal = load(EXAMPLE), load(MINIMAL)
     assert minimal.adapt is None and minimal.sharding is None and minimal.data.validation is None
-    assert minimal.train.steps is None and "200 where epochs is absent" in dict(
-        (path, text) for path, _, _, text in key_reference()
-    )["train.steps"]
+    assert minimal.train.steps is None
+    assert ("train.steps", "200 where epochs is absent too") in {(row[0], row[3].split("; ")[1]) for row in key_reference() if "; " in row[3]}
     filled = dataclasses.replace(
         minimal,
         data=dataclasses.replace(minimal.data, validation="validation.jsonl"),
@@ -81,7 +80,9 @@ def test_every_key_has_a_type_a_default_and_help():
     rows = key_reference()
     assert all(len(text) > 3 and kind and default for _, kind, default, text in rows)
     assert len({path for path, *_ in rows}) == len(rows)
-    assert {"model", "data.train", "adapt.from", "optimizer.learning_rate", "evaluate.prompts"} <= {row[0] for row in rows}
+    assert {"model", "data.train", "adapt.from", "optimizer.learning_rate", "evaluate.prompts"} <= {
+        row[0] for row in rows
+    }
     assert not [row for row in rows if "typing" in row[1] or "NoneType" in row[1] or "factory" in row[2]]
 
 
@@ -127,11 +128,15 @@ def test_a_typo_is_named_before_the_key_that_it_left_missing(refusal):
         ("evaluate: {prompts: Hello}", 'evaluate.prompts: "Hello" is not a valid array'),
         ('evaluate: {prompts: ["\\ud800"]}', "a text holds a lone surrogate, which is no character"),
         ("sharding: {mesh: {FSDP: two}}", 'sharding.mesh.FSDP: "two" is not a valid integer'),
-        (f"adapt: {{from: [{'long, ' * 500]}}", 'adapt.from: ["long", "long", ' + '"long", ' * 6 + '"lon... is not a valid string'),
     ],
 )
 def test_a_wrong_type_is_named_with_its_key_and_value(refusal, lines, said):
     assert refusal(lines) == said
+
+
+def test_a_long_value_is_shown_in_part(refusal):
+    said = refusal(f"adapt: {{from: {['long'] * 500}}}")
+    assert said.startswith('adapt.from: ["long", "long", ') and said.endswith("... is not a valid string")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,16 @@ def test_an_impossible_value_of_data_is_named_with_its_key(refusal, data, key):
 
 @pytest.mark.parametrize(
     "written, value",
-    [("1e-5", 1e-5), ("1E-5", 1e-5), ("+1e-5", 1e-5), ("1.e-5", 1e-5), ("2.0e-4", 2e-4), (".5", 0.5), ("1", 1), ("3e2", 300)],
+    [
+        ("1e-5", 1e-5),
+        ("1E-5", 1e-5),
+        ("+1e-5", 1e-5),
+        ("1.e-5", 1e-5),
+        ("2.0e-4", 2e-4),
+        (".5", 0.5),
+        ("1", 1),
+        ("3e2", 300),
+    ],
 )
 def test_numbers_are_read_as_people_write_them(load, written, value):
     for rate in (
@@ -201,7 +215,15 @@ def test_anchors_aliases_and_tags_are_refused(refusal):
     assert refusal(bomb) == "line 4: YAML anchors and aliases are not read here; write the value out"
     assert time.monotonic() - start < 1
     assert refusal("a: *b").startswith("line 4: YAML anchors")
-    for tag in ("!!binary aGk=", "!!timestamp 2020-01-01", "!!set {a}", "!!bool x", "!!map [1]", "!!python/name:os.system", "!x y"):
+    for tag in (
+        "!!binary aGk=",
+        "!!timestamp 2020-01-01",
+        "!!set {a}",
+        "!!bool x",
+        "!!map [1]",
+        "!!python/name:os.system",
+        "!x y",
+    ):
         assert refusal(f"train: {tag}") == f"line 4: YAML tags are not read here; remove {tag.split()[0]}"
 
 
@@ -215,10 +237,10 @@ def test_anchors_aliases_and_tags_are_refused(refusal):
         (b"\tmodel: x", "line 1: found character '\\t' that cannot start any token"),
         (b"train: {steps: 3", "line 1: expected ',' or '}', but got '<stream end>'"),
         (b"a: 1\n---\nb: 2", "line 2: but found another document"),
-        (b"[" * 100_000, "nested more than 20 deep"),
+        pytest.param(b"[" * 100_000, "nested more than 20 deep", id="deep"),
         (b"[a]: 3", "line 1: the key ['a'] is not a name"),
         (b"3: 3", "line 1: the key 3 is not a name"),
-        (b"x" * 1_000_001, "larger than 1,000,000 bytes; this is no configuration"),
+        pytest.param(b"x" * 1_000_001, "larger than 1,000,000 bytes; this is no configuration", id="large"),
     ],
 )
 def test_what_is_no_configuration_is_one_line(refusal, text, said):
@@ -272,7 +294,9 @@ TRICKY = st.from_regex(r"[-+]?[0-9_.eE+-]{1,6}|true|no|~|null|0x1|1:2|<<|=|- a|a
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | TRICKY
 
 
-@given(output=TEXTS, prompts=st.lists(TEXTS), rate=st.floats(1e-300, 1e300), extra=st.dictionaries(TEXTS, st.integers()))
+@given(
+    output=TEXTS, prompts=st.lists(TEXTS), rate=st.floats(1e-300, 1e300), extra=st.dictionaries(TEXTS, st.integers())
+)
 @settings(max_examples=150, deadline=None)
 def test_any_texts_and_numbers_read_back_equal(tmp_path_factory, output, prompts, rate, extra):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

@@ -6,6 +6,7 @@ not depend on the length. This is the reference of the platform kernels, and wha
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def blocked_attention(
     q_blocks = pad(q).reshape(batch, -1, block, kv_heads, heads // kv_heads, size).transpose(1, 0, 3, 4, 2, 5)
     k_blocks, v_blocks = (pad(x).reshape(batch, -1, block, kv_heads, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
     segments = tuple(pad(s).reshape(batch, -1, block).swapaxes(0, 1) for s in (q_segments, kv_segments))
-    out = _attend(q_blocks, k_blocks, v_blocks, segments, mask, scale)
+    out: Any = _attend(q_blocks, k_blocks, v_blocks, segments, mask, scale)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, padded, heads, size)[:, :seq]
 
 

@@ -1,52 +1,64 @@
 """What a run measures of itself: held-out loss, and samples before and after."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config import Run
-from llmtune.data import Dataset, HostBatch, evaluation_batches
+from llmtune.data import RunData, evaluation_batches
 from llmtune.evaluation.perplexity import HeldOut, held_out_loss
+from llmtune.models.config import ModelConfig
+from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory
+from llmtune.training.samples import sample
 from llmtune.training.state import TrainState
 from llmtune.transforms import combine
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """`loss_step` and `place` are those of training; `sample` continues the run's prompts with a tree of weights."""
+    """Measures states of one run, with the very functions and layouts of training."""
 
     run: Run
-    validation: Dataset | None
-    loss_step: Callable[..., Any]
-    place: Callable[[HostBatch], Any]
-    sample: Callable[[Any], list[str]]
+    config: ModelConfig
+    data: RunData
+    program: Program
+    directory: RunDirectory
 
-    def held_out(self, state: TrainState, frozen: Any) -> HeldOut | None:
+    def held_out(self, state: TrainState) -> HeldOut | None:
         """Loss over the validation data; None without any."""
-        if self.validation is None:
+        if self.data.validation is None:
             return None
         batches = evaluation_batches(
-            self.validation, self.run.train.batch_size, self.run.data.sequence_length, self.run.evaluate.max_batches
+            self.data.validation,
+            self.run.train.batch_size,
+            self.run.data.sequence_length,
+            self.run.evaluate.max_batches,
         )
-        return held_out_loss(self.loss_step, state.trainable, frozen, map(self.place, batches))
+        placed = map(self.program.place, batches)
+        return held_out_loss(self.program.held_out_step, state.trainable, self.program.frozen, placed)
 
-    def record(self, directory: RunDirectory, moment: str, state: TrainState, frozen: Any) -> HeldOut | None:
+    def record(self, moment: str, state: TrainState) -> HeldOut | None:
         """Measure and sample, and write both under `moment` ("before", "after") into evaluation.json."""
-        held_out = self.held_out(state, frozen)
-        completions = self.sample(combine(state.trainable, frozen))
-        samples = [
-            {"prompt": prompt, "completion": completion}
-            for prompt, completion in zip(self.run.evaluate.prompts, completions, strict=False)
-        ]
-        figures = {} if held_out is None else {
-            "loss": held_out.loss, "perplexity": held_out.perplexity, "tokens": held_out.tokens
-        }  # fmt: skip
-        directory.write_evaluation({**directory.read_evaluation(), moment: {**figures, "samples": samples}})
+        held_out, prompts, program = self.held_out(state), self.run.evaluate.prompts, self.program
+        completions = sample(
+            program.bind,
+            combine(state.trainable, program.frozen),
+            prompts,
+            self.data.tokenizer,
+            self.config,
+            program.mesh,
+            program.strategy,
+            self.run.evaluate.max_new_tokens,
+        )
+        figures: dict[str, Any] = {}
+        if held_out is not None:
+            figures = {"loss": held_out.loss, "perplexity": held_out.perplexity, "tokens": held_out.tokens}
+        pairs = zip(prompts, completions, strict=False)  # without a tokenizer there are no completions
+        figures["samples"] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        self.directory.write_evaluation({**self.directory.read_evaluation(), moment: figures})
         return held_out
 
-
-def recorded(directory: RunDirectory, moment: str) -> HeldOut | None:
-    """What `record` measured earlier, when a run is taken up again."""
-    figures = directory.read_evaluation().get(moment, {})
-    return HeldOut(figures["loss"], figures["tokens"]) if "loss" in figures else None
+    def recorded(self, moment: str) -> HeldOut | None:
+        """What `record` measured earlier, when a run is taken up again."""
+        figures = self.directory.read_evaluation().get(moment, {})
+        return HeldOut(figures["loss"], figures["tokens"]) if "loss" in figures else None

@@ -54,6 +54,17 @@ class RunDirectory:
         """Finished models."""
         return self.path / "export"
 
+    def begin(self, run: Run, data_digest: str) -> None:
+        """Make the directory, and write down what the run is."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.data, data_digest + "\n")
+            write_whole(self.config, dump_run(run))
+        except OSError as error:
+            raise LlmtuneError(
+                f"output: {run.output} cannot be written ({error.strerror}); choose another directory"
+            ) from None
+
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
         path = self.path / "evaluation.json"
@@ -65,12 +76,13 @@ class RunDirectory:
 
 
 def claim(run: Run, data_digest: str) -> RunDirectory:
-    """The run's directory, made or taken up again. Refuses one that holds something else, or whose data has changed."""
+    """The run's directory, new or taken up again; nothing is written yet.
+
+    Refuses one that holds something else, another run, or a run on other data.
+    """
     directory = RunDirectory(Path(run.output).absolute())
-    text = dump_run(run)
     if directory.config.exists():
-        _refuse_another_run(directory, text)
-        write_whole(directory.config, text)
+        _refuse_another_run(directory, dump_run(run))
         if directory.data.exists() and directory.data.read_text(encoding="utf-8").strip() != data_digest:
             raise LlmtuneConfigError(
                 f"output: {directory.path} was begun with other data (its files have changed since); "
@@ -81,14 +93,6 @@ def claim(run: Run, data_digest: str) -> RunDirectory:
         raise LlmtuneConfigError(
             f"output: {run.output} exists and is no llmtune run (it has no config.yaml); choose an empty or new directory"
         )
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        write_whole(directory.data, data_digest + "\n")
-        write_whole(directory.config, text)
-    except OSError as error:
-        raise LlmtuneError(
-            f"output: {run.output} cannot be written ({error.strerror}); choose another directory"
-        ) from None
     return directory
 
 

@@ -1,5 +1,7 @@
 """Batches are a pure function of the step: random access, resuming and any number of hosts see the same rows."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -107,7 +109,7 @@ def test_epochs_follow_each_other_each_complete_and_in_its_own_order(dataset, pa
     ends = [batches.rows_in(epochs) for epochs in range(4)]
     stream = [
         [example for row in range(first, end) for example, _ in documents(batches[row])]
-        for first, end in zip(ends[:-1], ends[1:], strict=True)
+        for first, end in itertools.pairwise(ends)
     ]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in stream)
     assert stream[0] != stream[1] != stream[2] != stream[0]

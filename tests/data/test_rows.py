@@ -81,8 +81,8 @@ def test_rows_know_their_lines(write):
         (b"{'text': 'quoted wrongly'}", "not valid JSON"),
         (b'{"text": "one"} {"text": "two"}', "not valid JSON (Extra data"),
         (b'{"text": "a\x01b"}', "not valid JSON (Invalid control character"),
-        (b'{"input_ids": [%b]}' % (b"9" * 5000), "not valid JSON"),
-        (b"[" * 100_000, "nested too deep"),
+        pytest.param(b'{"input_ids": [%b]}' % (b"9" * 5000), "not valid JSON", id="a number of 5000 digits"),
+        pytest.param(b"[" * 100_000, "nested too deep", id="deep"),
         (b"[1, 2]", "a row is an object of columns, not list"),
         (b'"text"', "a row is an object of columns, not str"),
         (b"null", "a row is an object of columns, not NoneType"),
@@ -107,7 +107,9 @@ def test_a_mistake_in_a_json_file_is_named_by_line(write):
 
 
 def test_a_json_file_holds_a_list(write):
-    assert "a list of rows is expected, not dict; one row per line goes into .jsonl" in refusal(write("a.json", LINES[0]))
+    assert "a list of rows is expected, not dict; one row per line goes into .jsonl" in refusal(
+        write("a.json", LINES[0])
+    )
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows", "rows.jsonl.gz"])

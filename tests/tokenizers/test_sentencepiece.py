@@ -128,7 +128,9 @@ def refusal(directory, raw):
     return said
 
 
-@pytest.mark.parametrize("raw", [b"", b"\x00" * 64, b"nonsense", b"{}\n", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"\x00" * 64, b"nonsense", b"{}\n", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_a_file_of_something_else_is_one_line(tmp_path, raw):
     assert "not a sentencepiece model" in refusal(tmp_path, raw)
 

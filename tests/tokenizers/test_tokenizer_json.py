@@ -55,7 +55,9 @@ def control_ids(theirs):
 def test_ids_are_the_references(ours, theirs, assets):
     for text in [*TEXTS, *CONTROLS, *real_texts(assets)]:
         assert ours.encode(text, bos=False) == reference(theirs, text), repr(text)
-        assert ours.encode(text, bos=False, allow_special=True) == reference(theirs, text, allow_special=True), repr(text)
+        assert ours.encode(text, bos=False, allow_special=True) == reference(theirs, text, allow_special=True), repr(
+            text
+        )
 
 
 @given(text=st.text(max_size=40) | st.lists(st.sampled_from([*CONTROLS, " ", "x", "\n"]), max_size=6).map("".join))
@@ -201,7 +203,7 @@ def test_a_tokenizer_of_unknown_parts_is_one_line(copy, model):
     [
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", "[" * 100_000),
+        pytest.param("tokenizer_config.json", "[" * 100_000, id="deep"),
         ("tokenizer_config.json", '{"bos_token": 5}'),
         ("tokenizer_config.json", '{"eos_token": {"id": 5}}'),
         ("tokenizer_config.json", '{"eos_token": ["</s>"]}'),

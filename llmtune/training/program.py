@@ -1,0 +1,98 @@
+"""What a run computes: weights in place on a mesh, and the functions that the loop calls on them.
+
+    run, base model, mesh, strategy  -->  Program(frozen, train step, held-out step, bind, ...), state of step zero
+
+The loop, the benchmarks and ahead-of-time planning all build this same program, so that what is measured is what runs.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llmtune import pretrained
+from llmtune.config import Run
+from llmtune.data import HostBatch
+from llmtune.errors import LlmtuneConfigError
+from llmtune.models.language_model import LanguageModel
+from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.sharding import Strategy, axis_size
+from llmtune.training.optimizer import make_optimizer, make_schedule
+from llmtune.training.remat import POLICIES
+from llmtune.training.state import TrainState, init_state
+from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
+from llmtune.training.weights import prepare_weights
+
+OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
+
+
+@dataclass(frozen=True)
+class Program:
+    """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights."""
+
+    mesh: Mesh
+    strategy: Strategy
+    bind: Callable[[Any], LanguageModel]
+    frozen: Any
+    step: TrainStep
+    held_out_step: EvalStep
+    row_multiple: int
+
+    def place(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
+        layout = NamedSharding(self.mesh, self.strategy.spec("batch", "seq"))
+        extra = -len(batch["tokens"]) % self.row_multiple
+        filled = {name: np.pad(rows, ((0, extra), (0, 0))) for name, rows in batch.items()}  # segment 0: seen by nobody
+        return {name: jax.make_array_from_process_local_data(layout, rows) for name, rows in filled.items()}
+
+    def compile(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainStep, float]:
+        """The train step compiled ahead of time for exactly these shapes and layouts, and the seconds that took.
+
+        It cannot be compiled a second time: other shapes are an error.
+        """
+        start = time.perf_counter()
+        compiled = jax.jit(self.step, donate_argnums=0).lower(state, self.frozen, batch).compile()
+        return compiled, time.perf_counter() - start
+
+
+def build_program(
+    run: Run, source: pretrained.Source, steps: int, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
+) -> tuple[Program, TrainState]:
+    """Read the weights, adapt them, and make the functions of a run of so many steps. To be called under the mesh.
+
+    The state is not kept in the program: it is donated step by step, and a resumed run needs no second copy.
+    """
+    multiple = row_multiple(run, mesh, strategy)
+    weights = prepare_weights(run, source, mesh, strategy, progress)
+    schedule = make_schedule(run.optimizer, steps)
+    optimizer = make_optimizer(run.optimizer, schedule)
+    bind = functools.partial(
+        LanguageModel, weights.graphdef, dtype=jnp.dtype(run.train.dtype), remat=POLICIES[run.train.remat]
+    )
+    objective = OBJECTIVES[run.objective]
+    program = Program(
+        mesh,
+        strategy,
+        bind,
+        weights.frozen,
+        make_train_step(bind, objective, optimizer, schedule, strategy, run.train.microbatches),
+        jax.jit(make_eval_step(bind, objective, strategy)),
+        multiple,
+    )
+    return program, init_state(weights.trainable, optimizer)
+
+
+def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:
+    """Rows per process must be a multiple of this, for every microbatch to divide over the devices that share it."""
+    ways = axis_size(mesh, strategy.spec("batch")[0]) * run.train.microbatches
+    if run.train.batch_size % jax.process_count():
+        raise LlmtuneConfigError(
+            f"train.batch_size: {run.train.batch_size} rows cannot be shared by {jax.process_count()} processes"
+        )
+    return max(1, ways // jax.process_count())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llmtune.config import Adapt, Run, key_reference
 from llmtune.config_file import dump_run, load_run
+from llmtune.data import RunData
 from llmtune.errors import LlmtuneConfigError
 
 MINIMAL = "model: path/to/hf_dir\noutput: runs/example\ndata: {train: train.jsonl}\n"
@@ -61,8 +62,8 @@ def refusal(load, tmp_path):
 def test_the_defaults_are_those_of_the_documented_example(load):
     example, minimal = load(EXAMPLE), load(MINIMAL)
     assert minimal.adapt is None and minimal.sharding is None and minimal.data.validation is None
-    assert minimal.train.steps is None
-    assert ("train.steps", "200 where epochs is absent too") in {(row[0], row[3].split("; ")[1]) for row in key_reference() if "; " in row[3]}
+    steps = RunData(None, None, None, "", ()).steps
+    assert steps(minimal) == steps(example) == 200
     filled = dataclasses.replace(
         minimal,
         data=dataclasses.replace(minimal.data, validation="validation.jsonl"),
@@ -297,7 +298,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | TRICKY
 @given(
     output=TEXTS, prompts=st.lists(TEXTS), rate=st.floats(1e-300, 1e300), extra=st.dictionaries(TEXTS, st.integers())
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_texts_and_numbers_read_back_equal(tmp_path_factory, output, prompts, rate, extra):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.write_text(EXAMPLE)

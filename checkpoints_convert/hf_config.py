@@ -59,7 +59,8 @@ def parse_model_config(config: Mapping[str, Any], generation: Mapping[str, Any] 
     _refuse_unknown(config, where)
     hidden = _positive(config, "hidden_size", where)
     heads = _positive(config, "num_attention_heads", where)
-    kv_heads = _positive(config, "num_key_value_heads", where, heads if architecture == "LlamaForCausalLM" else 8)
+    absent = 8 if architecture == "MistralForCausalLM" and "num_key_value_heads" not in config else heads
+    kv_heads = _positive(config, "num_key_value_heads", where, absent)
     if config.get("head_dim") is None and hidden % heads:
         raise _wrong(where, "head_dim", None, f"a number: hidden_size {hidden} does not divide by {heads} heads")
     head_dim = _positive(config, "head_dim", where, hidden // heads)
@@ -144,7 +145,7 @@ def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
             near = difflib.get_close_matches(name, READ, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise LlmtuneFormatError(
-                f"{where}: unknown field {name!r} ({_short(value)}), which may change the mathematics; {hint}"
+                f"{where}: unknown field {_short(name)} ({_short(value)}), which may change the mathematics; {hint}"
                 "remove it if it does not"
             )
 
@@ -163,7 +164,9 @@ def _refuse_window(config: Mapping[str, Any], positions: int, where: str) -> Non
 def _rope(config: Mapping[str, Any], where: str) -> Rope:
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     field = "rope_parameters" if new is not None else "rope_scaling"
-    scaling = new if new is not None else (old or {})
+    if new is not None and old is not None:
+        raise _wrong(where, "rope_scaling", old, "null beside rope_parameters: they are two spellings of the same")
+    scaling = new if new is not None else ({} if old is None else old)
     if not isinstance(scaling, Mapping):
         raise _wrong(where, field, scaling, "an object or null")
     theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", where, 10_000.0)
@@ -181,7 +184,7 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
         set(scaling) - known - ({"partial_rotary_factor"} if scaling.get("partial_rotary_factor") == 1.0 else set())
     )
     if unknown:
-        raise LlmtuneFormatError(f"{where}: unknown field {field}.{unknown[0]!r} with rope_type {kind!r}")
+        raise LlmtuneFormatError(f"{where}: unknown field {field}.{_short(unknown[0])} with rope_type {kind!r}")
     if kind == "default":
         return Rope(theta)
     factor, low, high = (
@@ -194,7 +197,10 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
 
 def _eos(config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str) -> tuple[int, ...]:
     value = (generation or {}).get("eos_token_id")
-    value = config.get("eos_token_id") if value is None else value
+    if value is None:
+        value = config.get("eos_token_id")
+    else:
+        where = str(Path(where).with_name(GENERATION))
     ids = [] if value is None else (value if isinstance(value, list) else [value])
     if not all(type(i) is int and i >= 0 for i in ids):
         raise _wrong(where, "eos_token_id", value, "a token id or a list of them")

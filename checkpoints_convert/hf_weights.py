@@ -19,6 +19,7 @@ from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.weights import path_name
 
+STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
 COMPANIONS = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|generation_config\.json|chat_template.*"
@@ -53,9 +54,9 @@ def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
             raise LlmtuneFormatError(
                 f"{info.file}: {name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
             )
-        if not np.issubdtype(info.dtype, np.floating) and info.dtype != ml_dtypes.bfloat16:
+        if info.dtype not in STORED:
             raise LlmtuneFormatError(
-                f"{info.file}: {name} is stored as {info.dtype}; convert it to a floating dtype first"
+                f"{info.file}: {name} is stored as {info.dtype}; convert it to one of {', '.join(map(str, STORED))}"
             )
 
 
@@ -71,6 +72,7 @@ def load_params(
 
     def load(path: tuple[Any, ...], layout: jax.sharding.Sharding) -> jax.Array:
         array = _load_weight(weights, by_path[path_name(path)], layout, dtype)
+        jax.block_until_ready(array)  # or the host's copies of several weights wait for the transfer at once
         progress(sum(weights.tensors[t.name].end - weights.tensors[t.name].start for t in by_path[path_name(path)]))
         return array
 

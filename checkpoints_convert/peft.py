@@ -24,10 +24,24 @@ from checkpoints_convert.safetensors_writer import new_directory, write_file, wr
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
+HEAD = "lm_head"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.\d+\.[a-z_]+\.[a-z_]+)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
+    r"base_model\.model\.(?P<module>model\.layers\.\d+\.[a-z_]+\.[a-z_]+|lm_head)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
 )
+READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+HARMLESS = {  # they say nothing about the function that the adapter computes, or the tensors present say it themselves
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config",
+    "loftq_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying",
+}  # fmt: skip
+KEEP_BASE = (
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+)  # initialisers that leave the base as it is; pissa, olora... do not
 REFUSED = {  # field -> the values under which it changes nothing
     "use_dora": (False, None), "modules_to_save": (None, []), "bias": ("none", None), "fan_in_fan_out": (False, None),
     "lora_bias": (False, None), "target_parameters": (None, []), "layer_replication": (None, []),
@@ -38,7 +52,10 @@ REFUSED = {  # field -> the values under which it changes nothing
 
 @dataclass(frozen=True)
 class Factors:
-    """One stacked weight's adapter: float32 a [L, in, rank], b [L, rank, out], scale [L]; `ranks` where they differ."""
+    """One weight's adapter: float32 a [L, in, rank], b [L, rank, out], scale [L]; `ranks` where they differ.
+
+    The head is no stack: there L is left out.
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -86,12 +103,12 @@ def write_adapter(
     table = {(tensor.path, tensor.layer): tensor for tensor in tensors(config)}
     entries, ranks, alphas = [], {}, {}
     for path, own in factors.items():
-        for layer, (a, b, scale) in enumerate(zip(own.a, own.b, own.scale, strict=True)):
-            rank = own.a.shape[-1] if own.ranks is None else own.ranks[layer]
+        for layer, a, b, scale in _layers(own):
+            rank = own.a.shape[-1] if own.ranks is None or layer is None else own.ranks[layer]
             if rank == 0:
                 continue
             module = table[path, layer].name.removesuffix(".weight")
-            ranks[module], alphas[module] = rank, _alpha(scale, rank, rslora)
+            ranks[module], alphas[module] = rank, _alpha(float(scale), rank, rslora)
             for side, matrix in (("A", a[:, :rank].T), ("B", b[:rank].T)):
                 array = np.ascontiguousarray(matrix, dtype=np.float32)
                 key = f"base_model.model.{module}.lora_{side}.weight"
@@ -102,15 +119,21 @@ def write_adapter(
         write_json(partial / CONFIG, settings)
 
 
+def _layers(factors: Factors) -> list[tuple[int | None, np.ndarray, np.ndarray, np.ndarray]]:
+    """(layer, a, b, scale) of each matrix; the layer of one that is no stack is None."""
+    if factors.a.ndim == 2:
+        return [(None, factors.a, factors.b, factors.scale)]
+    return [(k, factors.a[k], factors.b[k], factors.scale[k]) for k in range(len(factors.scale))]
+
+
 def _settings(
     ranks: Mapping[str, int], alphas: Mapping[str, float], factors: Mapping[str, Factors], base: str, rslora: bool
 ) -> dict[str, Any]:
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    targets = sorted({MODULES[path.removeprefix(f"{SEGMENT}/")].rsplit(".", 1)[-1] for path in factors})
-    layers = sorted({int(module.split(".")[2]) for module in ranks})
-    every_layer = all(
-        f"model.layers.{n}.{MODULES[path.removeprefix(f'{SEGMENT}/')]}" in ranks for path in factors for n in layers
-    )
+    stacked = [MODULES[path.removeprefix(f"{SEGMENT}/")] for path in factors if path.startswith(SEGMENT)]
+    layers = sorted({int(module.split(".")[2]) for module in ranks if module != HEAD})
+    every_layer = all(f"model.layers.{n}.{module}" in ranks for module in stacked for n in layers)
+    targets = sorted({module.rsplit(".", 1)[-1] for module in [*stacked, *(m for m in ranks if m == HEAD)]})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -128,21 +151,52 @@ def _settings(
         "modules_to_save": None,
         "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
         "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
-        "layers_to_transform": layers if every_layer and len(layers) < _depth(factors) else None,
+        "layers_to_transform": layers if every_layer and 0 < len(layers) < _depth(factors) else None,
         "layers_pattern": None,
         "revision": None,
     }
 
 
 def _check_settings(settings: Mapping[str, Any], where: Path) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise LlmtuneFormatError(f"{where}: peft_type is {kind!r}; only LORA adapters are read so far")
-    for name, harmless in REFUSED.items():
-        if settings.get(name) not in harmless:
-            raise LlmtuneFormatError(f"{where}: {name} is {settings[name]!r}, which is not supported so far")
-    if type(settings.get("r", 8)) is not int or settings.get("r", 8) < 1:
-        raise LlmtuneFormatError(f"{where}: r is {settings.get('r')!r}; a positive integer is needed")
+    def refuse(name: str, expected: str) -> LlmtuneFormatError:
+        shown = name if name.isprintable() else ascii(name)
+        return LlmtuneFormatError(f"{where}: {shown[:80]} is {repr(settings.get(name))[:80]}; {expected}")
+
+    if settings.get("peft_type") != "LORA":
+        raise refuse("peft_type", "only LORA adapters are read so far")
+    for name, value in settings.items():
+        unknown = name not in READ and name not in HARMLESS and name not in REFUSED
+        if (unknown and value not in (None, False, [], {}, "")) or value not in REFUSED.get(name, (value,)):
+            raise refuse(name, "that is not supported so far")
+    init = settings.get("init_lora_weights", True)
+    if not isinstance(init, bool) and str(init).lower() not in KEEP_BASE:
+        raise refuse(
+            "init_lora_weights", "it changed the base's weights too; convert the adapter to plain LoRA in peft"
+        )
+    if not _is_rank(settings.get("r", 8)):
+        raise refuse("r", "a positive integer is needed")
+    if not _is_number(settings.get("lora_alpha", 8)):
+        raise refuse("lora_alpha", "a number is needed")
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = settings.get(name) or {}
+        if not isinstance(patterns, dict) or not all(_compiles(p) and fits(own) for p, own in patterns.items()):
+            raise refuse(name, "an object of patterns and numbers is needed")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -194,6 +248,8 @@ def _stack(
             own_a, own_b = pairs[tensor.name]
             a[k, :, : ranks[k]], b[k, : ranks[k]] = own_a.T, own_b.T
             scale[k] = _scale(tensor.name.removesuffix(".weight"), ranks[k], settings, rslora, where)
+    if layers[0].layer is None:
+        return Factors(a[0], b[0], scale.reshape(()), None)
     return Factors(a, b, scale, None if set(ranks) == {widest} else ranks)
 
 
@@ -214,9 +270,11 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """Alpha back from a float32 scale: the shortest decimal that rounds to the product, an int where it is one."""
-    exact = float(scale) * (math.sqrt(rank) if rslora else rank)
-    alpha = float(str(np.float32(exact)))
+    """Alpha back from a float32 scale: the shortest decimal that gives this very scale, an int where it is one."""
+    divisor = math.sqrt(rank) if rslora else rank
+    exact = scale * divisor
+    candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
+    alpha = next((own for own in candidates if np.float32(own / divisor) == np.float32(scale)), exact)
     return int(alpha) if alpha.is_integer() else alpha
 
 
@@ -226,4 +284,4 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 
 def _depth(factors: Mapping[str, Factors]) -> int:
-    return max(len(own.scale) for own in factors.values())
+    return max(own.scale.size for own in factors.values())

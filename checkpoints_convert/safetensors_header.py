@@ -69,7 +69,9 @@ def parse_header(text: bytes, path: Path, *, data_start: int, size: int) -> dict
         raise LlmtuneFormatError(f"{path}: its header is not valid JSON ({error}); download it again") from None
     if not isinstance(header, dict):
         raise LlmtuneFormatError(f"{path}: its header is not a JSON object; download it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise LlmtuneFormatError(f"{path}: its __metadata__ is not an object of texts; download it again")
     tensors = {name: _tensor(name, entry, path, data_start) for name, entry in header.items()}
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
@@ -102,6 +104,8 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     def refuse(what: str) -> LlmtuneFormatError:
         return LlmtuneFormatError(f"{path}: tensor {name[:200]!r} {what}; download the file again")
 
+    if not name.isprintable() or len(name) > 500:
+        raise refuse("has a name that no model has")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -69,8 +69,9 @@ def open_directory(path: Path) -> WeightDirectory:
 def checked_file(directory: Path, name: str) -> Path:
     """`directory/name`, only if that is a plain name of a regular file that lies inside the directory."""
     path = directory / name
-    if not name or name != os.path.basename(name) or name in (".", "..") or "\\" in name or "\0" in name:
-        raise LlmtuneFormatError(f"{directory / INDEX}: {name!r} is not the plain name of a file beside it")
+    plain = name.isprintable() and name == os.path.basename(name) and "\\" not in name and len(os.fsencode(name)) < 256
+    if not plain or name in ("", ".", ".."):
+        raise LlmtuneFormatError(f"{directory / INDEX}: {name[:200]!r} is not the plain name of a file beside it")
     if not path.exists():
         raise LlmtuneFormatError(f"{directory}: the weight file {name} is missing; download it again")
     if not stat.S_ISREG(path.stat().st_mode) or path.resolve().parent not in _homes(directory, path):
@@ -79,9 +80,12 @@ def checked_file(directory: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 25 MB."""
+    """A JSON object from a regular file of at most 25 MB."""
     try:
-        if path.stat().st_size > 25_000_000:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise LlmtuneFormatError(f"{path}: not a regular file")
+        if found.st_size > 25_000_000:
             raise LlmtuneFormatError(f"{path}: larger than 25 MB; this is no configuration or index")
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_object)
     except OSError as error:
@@ -108,7 +112,7 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise LlmtuneFormatError(
-            f"{path / INDEX}: it places {missing[0]} in {weight_map[missing[0]]}, which does not hold it"
+            f"{path / INDEX}: it places {missing[0][:200]!r} in {weight_map[missing[0]]}, which does not hold it"
         )
     return tensors
 

@@ -95,10 +95,10 @@ def write_file(
 ) -> None:  # fmt: skip
     """One safetensors file with its tensors in the given order."""
     header = make_header([(e.name, np.dtype(e.dtype), e.shape) for e in entries], metadata or {"format": "pt"})
-    with _told_plainly(path), _replacing(path) as file:
+    with _replacing(path) as file:
         file.write(header)
         for entry in entries:
-            array = np.ascontiguousarray(entry.produce())
+            array = np.asarray(entry.produce(), order="C")
             if array.shape != entry.shape or array.dtype != entry.dtype:
                 raise ValueError(f"{entry.name}: promised {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
             view = array.reshape(-1).view(np.uint8).data
@@ -109,7 +109,7 @@ def write_file(
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Indented, sorted as given, ended by a newline."""
-    with _told_plainly(path), _replacing(path) as file:
+    with _replacing(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
@@ -132,7 +132,9 @@ def _told_plainly(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LlmtuneError(f"{path}: cannot be written ({error.strerror}); nothing is left half-written") from error
+        raise LlmtuneError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing is left half-written"
+        ) from error
 
 
 def _sync_directory(path: Path) -> None:

@@ -18,4 +18,9 @@ def configs_directory() -> Path:
 
 def resolve(path: str) -> Path:
     """The file or directory that a path in a configuration means."""
-    return PACKAGE / path.removeprefix(PREFIX) if path.startswith(PREFIX) else Path(path).expanduser()
+    if path.startswith(PREFIX):
+        return PACKAGE / path.removeprefix(PREFIX)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~somebody" who has no home here: a name like any other
+        return Path(path)

@@ -159,10 +159,11 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(refusal, write_run, 
     ],
 )
 @pytest.mark.parametrize("command", ["train", "generate"])
-def test_a_damaged_model_is_refused_by_file(refusal, write_run, model, command, file, content):
+def test_a_damaged_model_is_refused_by_file(refusal, write_run, model, tmp_path, command, file, content):
     (model / file).write_bytes(content)
     given = {"train": ["train", write_run(model=str(model))], "generate": ["generate", model, "--prompt", "x"]}
     assert refusal(*given[command]).startswith(str(model / file))
+    assert not (tmp_path / "output").exists()
 
 
 def test_an_output_directory_that_holds_another_run_is_left_alone(refusal, write_run, tmp_path):

@@ -11,7 +11,7 @@ from llmtune.data.batches import BatchSource
 from llmtune.data.dataset import Dataset, collect
 from llmtune.data.formats import Example, detect_format, make_formatter, read_examples
 from llmtune.data.rows import data_files, files_digest, read_rows
-from llmtune.errors import LlmtuneDataError
+from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.models.config import ModelConfig
 from llmtune.shipped import resolve
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
@@ -59,6 +59,9 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
         raise LlmtuneDataError(f"data.tokenizer: {run.data.tokenizer} holds no tokenizer.json and no tokenizer.model")
     if tokenizer is not None:
         check_fits(tokenizer, config)
+
+    elif run.evaluate.prompts:
+        raise LlmtuneConfigError("evaluate.prompts: the model has no tokenizer to read them; set data.tokenizer, or leave them out")
 
     def load(names: str | Sequence[str], key: str) -> tuple[Dataset, str, str]:
         paths = data_files(names)

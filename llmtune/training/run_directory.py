@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmtune.config import Run
-from llmtune.config_file import dump_run
+from llmtune.config_file import dump_run, parse_yaml
 from llmtune.errors import LlmtuneConfigError, LlmtuneError
 from llmtune.training.metrics import MetricsFile
 
@@ -107,7 +105,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _refuse_another_run(directory: RunDirectory, text: str) -> None:
-    there, here = (_flat(yaml.safe_load(t)) for t in (directory.config.read_text(encoding="utf-8"), text))
+    try:
+        written = directory.config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise LlmtuneConfigError(f"output: {directory.config} cannot be read; choose another directory") from None
+    there, here = _flat(parse_yaml(written, str(directory.config))), _flat(parse_yaml(text, "this run"))
     keys = [key for key in {**there, **here} if not key.startswith("sharding")]
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:

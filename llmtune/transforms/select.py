@@ -4,6 +4,7 @@ A weight's path is its place in the parameter tree, `layers/0/attention/q/kernel
 
     all-linear            every matrix of the layers (the embedding and the head excluded, as in peft)
     attention, mlp        those of one part of a block
+    lm_head               the head, where it is not tied to the embedding
     q_proj, up_proj, ...  the names that peft users know
     any other text        a regular expression that matches somewhere in the path
 """
@@ -22,6 +23,7 @@ NAMED_RULES = {
     "all-linear": r"^layers/.*/(attention|mlp)/.*kernel$",
     "attention": r"^layers/.*/attention/.*kernel$",
     "mlp": r"^layers/.*/mlp/.*kernel$",
+    "lm_head": r"^head/kernel$",
     **{f"{name}_proj": rf"/attention/{name}/kernel$" for name in "qkvo"},
     **{f"{name}_proj": rf"/mlp/{name}/kernel$" for name in ("gate", "up", "down")},
 }
@@ -35,11 +37,13 @@ def weights_by_path(params: Any) -> dict[str, Any]:
 
 def select(params: Any, rules: str | Sequence[str]) -> list[str]:
     """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error."""
-    matrices = [path for path, weight in weights_by_path(params).items() if path.endswith(("kernel", "table"))]
+    matrices = [path for path in weights_by_path(params) if path.endswith("kernel")]
     chosen: set[str] = set()
     for rule in [rules] if isinstance(rules, str) else rules:
         found = [path for path in matrices if _pattern(rule).search(path)]
         if not found:
+            if rule == "lm_head":
+                raise LlmtuneConfigError("adapt.targets: lm_head: this model's head is tied to its embedding; leave it out")
             known = [*NAMED_RULES, *matrices]
             nearest = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.3) or list(NAMED_RULES)[:3])
             raise LlmtuneConfigError(f"adapt.targets: {rule!r} matches no weight; nearest: {nearest}")

@@ -75,6 +75,16 @@ def test_control_tokens_in_text_are_read_as_hugging_face_reads_them(ours, huggin
         assert ours.encode(text, bos=False, allow_special=True) == expected, repr(text)
 
 
+def test_of_control_tokens_that_begin_alike_the_longest_is_read(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[5:12]), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        control_symbols=["<end>", "<end>all"], byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<end>all<end>", bos=False, allow_special=True)
+    assert ids == [tokenizer.controls["<end>all"], tokenizer.controls["<end>"]]
+
+
 def test_bos_and_eos_are_the_references(ours, theirs):
     assert (ours.bos_id, ours.eos_ids) == (theirs.bos_id(), (theirs.eos_id(),)) == (1, (2,))
     assert ours.add_bos

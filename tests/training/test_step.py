@@ -96,11 +96,13 @@ def test_one_compile_per_run(stories, assets, tmp_path, caplog, adapt):
         train={"epochs": 1.5, "batch_size": 8}, evaluate={"every": 4}, checkpoint={"every": 5},
     )  # fmt: skip
     jax.config.update("jax_log_compiles", True)
+    jax.config.update("jax_enable_compilation_cache", False)  # of the test suite: it would hide a compilation
     try:
         with caplog.at_level(logging.WARNING):
             llmtune.train(run, devices=jax.devices()[:1])
     finally:
         jax.config.update("jax_log_compiles", False)
+        jax.config.update("jax_enable_compilation_cache", True)
     compiled = [
         record.getMessage()
         for record in caplog.records

@@ -61,7 +61,9 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
         check_fits(tokenizer, config)
 
     elif run.evaluate.prompts:
-        raise LlmtuneConfigError("evaluate.prompts: the model has no tokenizer to read them; set data.tokenizer, or leave them out")
+        raise LlmtuneConfigError(
+            "evaluate.prompts: the model has no tokenizer to read them; set data.tokenizer, or leave them out"
+        )
 
     def load(names: str | Sequence[str], key: str) -> tuple[Dataset, str, str]:
         paths = data_files(names)

@@ -43,7 +43,9 @@ def select(params: Any, rules: str | Sequence[str]) -> list[str]:
         found = [path for path in matrices if _pattern(rule).search(path)]
         if not found:
             if rule == "lm_head":
-                raise LlmtuneConfigError("adapt.targets: lm_head: this model's head is tied to its embedding; leave it out")
+                raise LlmtuneConfigError(
+                    "adapt.targets: lm_head: this model's head is tied to its embedding; leave it out"
+                )
             known = [*NAMED_RULES, *matrices]
             nearest = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.3) or list(NAMED_RULES)[:3])
             raise LlmtuneConfigError(f"adapt.targets: {rule!r} matches no weight; nearest: {nearest}")

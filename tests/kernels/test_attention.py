@@ -1,6 +1,7 @@
 """Dense and blocked attention against torch in float64: grouped heads, odd sizes, windows, documents, padding."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def example(case):
     segments = np.zeros((batch, seq), np.int32)
     for row in range(batch):  # padding, three documents of which one is a single token, padding
         cuts = [5 + row, seq // 3, seq // 3 + 1, seq - 9]
-        for document, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False), 1):
+        for document, (start, end) in enumerate(itertools.pairwise(cuts), 1):
             segments[row, start:end] = document
     return q, k, v, out, segments, Mask(causal=True, window=window)
 

@@ -36,7 +36,7 @@ class LoRA(Operator):
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
+    def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """X @ base + scale * (x @ a) @ b."""
         low = linear(linear(x, self.a, ("batch", "seq", "act_rank")), self.b, out_axes)
         return linear(x, self.base, out_axes) + self.scale.astype(x.dtype) * low

@@ -93,10 +93,10 @@ def save(
     """
     weights = weights_by_path(params)
 
-    def fetch(name: str, layer: int | None) -> np.ndarray:
+    def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
-        if layer is not None:
-            weight = jax.tree.map(lambda leaf: leaf[layer], weight)
+        if place:
+            weight = jax.tree.map(lambda leaf: leaf[place], weight)
         return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
 
     hf_weights.save_directory(

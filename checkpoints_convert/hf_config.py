@@ -77,7 +77,11 @@ def parse_model_config(config: Mapping[str, Any], generation: Mapping[str, Any] 
     text = text_part(config, where)
     if text is config:
         return _parse_text(config, generation, where)
-    _refuse_unknown({name: value for name, value in config.items() if name not in OUTSIDE}, {}, where)
+    outside = {name: value for name, value in config.items() if name not in OUTSIDE}
+    misplaced = sorted(set(outside) & READ)
+    if misplaced:
+        raise wrong(where, misplaced[0], outside[misplaced[0]], "inside text_config")
+    _refuse_unknown(outside, SUPPORTED, where)
     eos = {"eos_token_id": config["eos_token_id"]} if config.get("eos_token_id") is not None else {}
     return replace(_parse_text({**text, **eos}, generation, where), architecture=MULTIMODAL)
 
@@ -115,7 +119,7 @@ def _parse_text(config: Mapping[str, Any], generation: Mapping[str, Any] | None,
 
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """A config.json in the older spelling, which transformers 4 and 5 and vLLM all read."""
-    if config.architecture == MULTIMODAL:
+    if config.is_text_tower:
         raise LlmtuneFormatError(f"{MULTIMODAL}: its config.json is written from that of its source, not from scratch")
     own, eos = ARCHITECTURES[config.architecture], list(config.eos_token_ids)
     return {

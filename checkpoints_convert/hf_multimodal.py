@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterable
 from dataclasses import replace
 
-from checkpoints_convert.hf_architectures import MULTIMODAL
 from checkpoints_convert.safetensors_reader import WeightDirectory
 from checkpoints_convert.safetensors_writer import Entry
 from llmtune.errors import LlmtuneFormatError
@@ -23,7 +22,7 @@ OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower."
 
 def text_tower(weights: WeightDirectory, config: ModelConfig) -> WeightDirectory:
     """The tensors of the text decoder under the names of its modules: all of them, where the model is text alone."""
-    if config.architecture != MULTIMODAL:
+    if not config.is_text_tower:
         return weights
     tensors = {}
     for stored, info in weights.tensors.items():
@@ -37,13 +36,13 @@ def text_tower(weights: WeightDirectory, config: ModelConfig) -> WeightDirectory
 
 def stored_names(names: Iterable[str], source: WeightDirectory | None, config: ModelConfig) -> dict[str, str]:
     """Names of modules -> the names under which the source stores them; themselves where it does not."""
-    stored = {} if source is None or config.architecture != MULTIMODAL else {_module_name(n): n for n in source.tensors}
+    stored = {} if source is None or not config.is_text_tower else {_module_name(n): n for n in source.tensors}
     return {name: stored.get(name, name) for name in names}
 
 
 def carried(source: WeightDirectory | None, config: ModelConfig) -> list[Entry]:
     """The tensors of the other towers, to be written as they are."""
-    if source is None or config.architecture != MULTIMODAL:
+    if source is None or not config.is_text_tower:
         return []
     others = {name: info for name, info in source.tensors.items() if name.startswith(OTHER_TOWERS)}
     return [Entry(n, info.dtype, info.shape, functools.partial(source.read, n)) for n, info in others.items()]

@@ -71,7 +71,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
 
 def root_module(config: ModelConfig) -> str:
     """The module of the decoder: that of a multimodal model lies a level deeper."""
-    return "model.language_model" if config.architecture == "Mistral3ForConditionalGeneration" else "model"
+    return "model.language_model" if config.is_text_tower else "model"
 
 
 def _layer(config: ModelConfig, module: str, layer: int) -> list[Tensor]:

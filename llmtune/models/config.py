@@ -102,6 +102,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
 
+    @property
+    def is_text_tower(self) -> bool:
+        """Whether this is the text decoder of a multimodal model, whose other towers are not loaded."""
+        return self.architecture.endswith("ForConditionalGeneration")
+
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer."""
         return self.windows[layer % len(self.windows)]

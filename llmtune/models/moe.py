@@ -69,12 +69,17 @@ class MoE(nnx.Module):
         self.experts = ExpertMLP(config, self.number)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
+        weights, chosen, logits, probabilities = self.route(x)
+        out = self.through_experts(x, chosen, weights)
+        return out, routing_sums(logits, probabilities, chosen, counted)
+
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(weights, chosen) [batch, seq, k], and the (logits, probabilities) [batch, seq, experts] they come from."""
         logits = self.router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, self.chosen)
         weights = weights / weights.sum(axis=-1, keepdims=True)
-        out = self.through_experts(x, chosen, weights)
-        return out, routing_sums(logits, probabilities, chosen, counted)
+        return weights, chosen, logits, probabilities
 
     def through_experts(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """The weighted sum of the chosen experts' results. chosen int32, weights float32, both [batch, seq, k]."""

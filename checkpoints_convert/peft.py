@@ -27,7 +27,7 @@ from llmtune.models.config import ModelConfig
 HEAD = "lm_head"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.\d+\.[a-z_]+\.[a-z_]+|lm_head)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
+    r"base_model\.model\.(?P<module>model\.(language_model\.)?layers\.\d+\.[a-z_]+\.[a-z_]+|lm_head)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
 )
 READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 HARMLESS = {  # they say nothing about the function that the adapter computes, or the tensors present say it themselves
@@ -131,8 +131,9 @@ def _settings(
 ) -> dict[str, Any]:
     rank, alpha = _most_common(ranks), _most_common(alphas)
     stacked = [MODULES[path.removeprefix(f"{SEGMENT}/")] for path in factors if path.startswith(SEGMENT)]
-    layers = sorted({int(module.split(".")[2]) for module in ranks if module != HEAD})
-    every_layer = all(f"model.layers.{n}.{module}" in ranks for module in stacked for n in layers)
+    root = next((module.partition(".layers.")[0] for module in ranks if module != HEAD), "model")
+    layers = sorted({int(module.partition(".layers.")[2].split(".")[0]) for module in ranks if module != HEAD})
+    every_layer = all(f"{root}.layers.{n}.{module}" in ranks for module in stacked for n in layers)
     targets = sorted({module.rsplit(".", 1)[-1] for module in [*stacked, *(m for m in ranks if m == HEAD)]})
     return {
         "peft_type": "LORA",

@@ -1,5 +1,7 @@
 """Twenty steps on fixed batches against torch's AdamW on transformers (+ peft): losses to 1e-4, gradient norms to 1e-3."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from tests.parity.torch_training import cosine, load_peer, train_peer
+from tests.parity.reference import load_reference, save_model
+from tests.parity.torch_training import cosine, load_peer, loss_with_routing, train_peer
 from tests.runs import STEPS, curve, run_config, write_rows
 
 
@@ -86,3 +89,56 @@ def test_microbatches_of_unequal_token_counts_change_nothing(stories, batches, t
     for losses, norms in curves[1:]:
         np.testing.assert_allclose(losses, curves[0][0], rtol=1e-6)
         np.testing.assert_allclose(norms, curves[0][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+def test_a_mixture_of_experts_follows_torch_with_its_routing_loss(tmp_path, adapt):
+    """Full fine-tuning against torch; with an adapter, that only attention is adapted and that peft reads what was exported."""
+    base = save_model("mixtral", tmp_path / "hf", num_hidden_layers=2, router_aux_loss_coef=0.1)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(12, 199, (6, 4, 64)).astype(np.int32)
+    labels = np.where(rng.random(tokens.shape) < 0.6, tokens, -100).astype(np.int32)
+    data = write_rows(tmp_path / "rows.jsonl", tokens, labels)
+    train = {"steps": 6, "batch_size": 4, "dtype": "float32"}
+    losses, norms = curve(run_config(tmp_path, base, data, adapt=adapt, train=train))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + 0.1 * row["aux_loss"], rel=1e-5)
+    if adapt is None:
+        peer = train_peer(
+            load_peer(base), zip(tokens, labels, strict=True), learning_rate=1e-3, schedule=cosine(6, 3), weight_decay=0.1,
+            clip_norm=1.0, loss_of=loss_with_routing,
+        )  # fmt: skip
+        np.testing.assert_allclose(losses, [loss for loss, _ in peer], rtol=1e-4)
+        np.testing.assert_allclose(norms, [norm for _, norm in peer], rtol=1e-3)
+        return
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run/export/adapter").eval()
+    assert {name.split(".")[-4] for name, _ in peft.named_parameters() if "lora_A" in name} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = peft(torch.tensor(tokens[0])).logits.numpy()
+    np.testing.assert_allclose(llmtune.load(tmp_path / "run").logits(tokens[0]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["biases", "mistral 3, text tower"])
+def test_adapters_on_other_architectures_mean_the_same_in_peft(tmp_path, name):
+    base = save_model(name, tmp_path / "hf")
+    tokens = np.random.default_rng(0).integers(12, 199, (2, 40))
+    reference = load_reference(base)
+    torch.manual_seed(0)
+    peft = get_peft_model(
+        reference, LoraConfig(r=4, lora_alpha=8, target_modules=r".*(language_model|model)\.layers.*_proj")
+    ).eval()
+    for parameter_name, parameter in peft.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    peft.save_pretrained(tmp_path / "adapter")
+    model = llmtune.load(base, adapters=[tmp_path / "adapter"])
+    with torch.no_grad():
+        expected = peft(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(model.logits(tokens), expected, atol=1e-4)
+    model.save_adapter(tmp_path / "again")
+    again = PeftModel.from_pretrained(load_reference(base), tmp_path / "again").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.tensor(tokens)).logits.numpy(), expected, atol=1e-4)

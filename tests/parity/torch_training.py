@@ -24,14 +24,19 @@ def token_loss(model, tokens, labels):
     )
 
 
-def train_peer(model, batches, *, learning_rate, schedule, weight_decay=0.0, clip_norm=None):
+def loss_with_routing(model, tokens, labels):
+    """The same of a mixture of experts, with what transformers adds to it."""
+    return model(torch.tensor(tokens), labels=torch.tensor(labels).long(), output_router_logits=True).loss
+
+
+def train_peer(model, batches, *, learning_rate, schedule, weight_decay=0.0, clip_norm=None, loss_of=token_loss):
     """[(loss, gradient norm before clipping)] over batches of (tokens, labels); `schedule(i)` scales the rate of update i."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     figures = []
     for tokens, labels in batches:
-        loss = token_loss(model, tokens, labels)
+        loss = loss_of(model, tokens, labels)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable, clip_norm if clip_norm is not None else math.inf)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
@@ -38,9 +39,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rotation: Rotation, attend: Attend, layer: jax.Array, cache: Any
     ) -> tuple[jax.Array, Any]:
-        q = rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotation)
-        k = rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotation)
-        v = _split_heads(self.v(x), self.kv_heads, "act_kv_heads")
+        q = checkpoint_name(rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotation), "q")
+        k = checkpoint_name(rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotation), "k")
+        v = checkpoint_name(_split_heads(self.v(x), self.kv_heads, "act_kv_heads"), "v")
         out, cache = attend(q, k, v, layer, cache)
         return self.o(_merge_heads(out)), cache
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.attention import Attend, Attention, Rotation
 from llmtune.models.config import ModelConfig
@@ -46,7 +47,7 @@ class Block(nnx.Module):
         self, x: jax.Array, rotation: Rotation, attend: Attend, layer: jax.Array, cache: Any
     ) -> tuple[jax.Array, Any]:
         mixed, cache = self.attention(self.attention_norm(x), rotation, attend, layer, cache)
-        x = x + mixed
+        x = checkpoint_name(x + mixed, "attended")
         return x + self.mlp(self.mlp_norm(x)), cache
 
 

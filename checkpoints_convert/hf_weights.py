@@ -1,6 +1,7 @@
 """Hugging Face weights in and out: strict about names and shapes, streaming tensor by tensor, straight into shardings."""
 
 import functools
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.hf_config import model_config_to_hf
+from checkpoints_convert.hf_multimodal import carried, stored_names, text_tower
 from checkpoints_convert.hf_names import Tensor, tensors
 from checkpoints_convert.safetensors_reader import WeightDirectory, open_directory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
@@ -28,8 +30,8 @@ COMPANIONS = re.compile(
 )
 Progress = Callable[[int], None]
 Fetch = Callable[
-    [str, int | None], np.ndarray
-]  # (our path, layer of a stacked weight) -> the matrix [in, out], on the host
+    [str, tuple[int, ...]], np.ndarray
+]  # (our path, place in a stacked weight) -> the matrix [in, out], on the host
 
 
 def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
@@ -37,7 +39,7 @@ def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
     present = {name: info.shape for name, info in weights.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "lm_head.weight" in present:
-        _check_tied_head(weights)
+        _check_tied_head(weights, tensors(config)[0].name)
         del present["lm_head.weight"]
     for name in sorted(set(expected) - set(present)):
         raise LlmtuneFormatError(
@@ -64,7 +66,7 @@ def load_params(
     directory: Path, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
 ) -> Any:
     """The parameter tree laid out as `layouts` (a Sharding per weight); each device's part is read from disk by itself."""
-    weights = open_directory(directory)
+    weights = text_tower(open_directory(directory), config)
     check_tensors(weights, config)
     by_path: dict[str, list[Tensor]] = {}
     for tensor in tensors(config):
@@ -96,16 +98,19 @@ def save_directory(
 
     Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`.
     """
-    on_disk = {} if source is None else {name: info.dtype for name, info in open_directory(source).tensors.items()}
+    stored = None if source is None else open_directory(source)
+    on_disk = {} if stored is None else {name: i.dtype for name, i in text_tower(stored, config).tensors.items()}
     fallback = np.dtype(stored_dtype)
     chosen = {t.name: np.dtype(dtype) if dtype else on_disk.get(t.name, fallback) for t in tensors(config)}
+    names = stored_names(["lm_head.weight", *(t.name for t in tensors(config))], stored, config)
     entries = [
-        Entry(t.name, chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name]))
+        Entry(names[t.name], chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name]))
         for t in tensors(config)
     ]
     if config.tie_word_embeddings and "lm_head.weight" in on_disk:  # the source stores the tied head again: so do we
         embed = entries[0]
-        entries.append(Entry("lm_head.weight", embed.dtype, embed.shape, embed.produce))
+        entries.append(Entry(names["lm_head.weight"], embed.dtype, embed.shape, embed.produce))
+    entries += carried(stored, config)
     with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)
         write_json(partial / "config.json", _config_json(config, hf_config, dtype))
@@ -129,23 +134,23 @@ def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str |
 
 
 def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    array = fetch(tensor.path, tensor.layer)
+    array = fetch(tensor.path, tensor.index)
     return np.ascontiguousarray(array.T if tensor.transposed else array).astype(dtype, copy=False)
 
 
 def _load_weight(
     weights: WeightDirectory, parts: list[Tensor], layout: jax.sharding.Sharding, dtype: str | None
 ) -> jax.Array:
-    stacked = parts[0].layer is not None
     shape = parts[0].shape[::-1] if parts[0].transposed else parts[0].shape
     stored = {weights.tensors[tensor.name].dtype for tensor in parts}
     kind = np.dtype(dtype) if dtype else (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
-    full = (len(parts), *shape) if stacked else shape
+    lead = tuple(last + 1 for last in parts[-1].index)  # (), (layers,) or (layers, experts): parts are in this order
+    places, full = np.arange(len(parts)).reshape(lead), (*lead, *shape)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        chosen, inner = (parts[index[0]], index[1:]) if stacked else (parts, index)
-        pieces = (_read_part(weights, tensor, inner, kind) for tensor in chosen)
-        return _stack(pieces, len(chosen), kind) if stacked else next(pieces)
+        chosen, inner = places[index[: len(lead)]], index[len(lead) :]
+        pieces = (_read_part(weights, parts[number], inner, kind) for number in chosen.flat)
+        return _stack(pieces, chosen.shape, kind) if lead else next(pieces)
 
     cache: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
 
@@ -163,17 +168,17 @@ def _read_part(weights: WeightDirectory, tensor: Tensor, index: tuple[slice, ...
     return (array.T if tensor.transposed else array).astype(dtype, copy=False)
 
 
-def _stack(pieces: Iterator[np.ndarray], count: int, dtype: np.dtype) -> np.ndarray:
+def _stack(pieces: Iterator[np.ndarray], lead: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     first = next(pieces)
-    out = np.empty((count, *first.shape), dtype)
+    out = np.empty((math.prod(lead), *first.shape), dtype)
     out[0] = first
     for k, piece in enumerate(pieces, 1):
         out[k] = piece
-    return out
+    return out.reshape(*lead, *first.shape)
 
 
-def _check_tied_head(weights: WeightDirectory) -> None:
-    head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+def _check_tied_head(weights: WeightDirectory, table: str) -> None:
+    head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", table))
     if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype:
         raise LlmtuneFormatError(
             f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them"

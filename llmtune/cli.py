@@ -83,6 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         "--strategy", default=None, metavar="NAME", help="sharding over all devices, e.g. fsdp, tensor"
     )
     generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a model is: parameters, memory, FLOPs, cache, and what its config implies",
+        description="What a model is, from its config.json alone: no weight is read.",
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or a preset of configs/models")
+    inspect.add_argument(
+        "--length", type=int, default=None, metavar="N", help="tokens of a row, for attention and cache; default 4096"
+    )
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -137,6 +148,13 @@ def _generate(options: argparse.Namespace) -> int:
     )
     for prompt, completion in zip(options.prompt, completions, strict=True):
         print(f"{prompt}{completion}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from llmtune.inspection import inspect
+
+    print("\n".join(inspect(options.model, options.length)))
     return 0
 
 

@@ -46,6 +46,13 @@ class Source:
         """Size of the weights on disk; 0 for a preset."""
         return 0 if self.directory is None else open_directory(self.directory).total_bytes
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes on disk by dtype, from the files' headers; empty for a preset."""
+        sizes: dict[str, int] = {}
+        for info in () if self.directory is None else open_directory(self.directory).tensors.values():
+            sizes[str(info.dtype)] = sizes.get(str(info.dtype), 0) + info.end - info.start
+        return sizes
+
 
 def open_source(name: str) -> Source:
     """A Hugging Face directory, something shipped with llmtune (`llmtune:starter`), or a preset of configs/models."""
@@ -93,10 +100,12 @@ def save(
     """
     weights = weights_by_path(params)
 
-    def fetch(name: str, layer: int | None) -> np.ndarray:
+    def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
-        if layer is not None:
-            weight = jax.tree.map(lambda leaf: leaf[layer], weight)
+        if len(place) == 2:
+            return _expert(weight, place)
+        if place:
+            weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
         return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
 
     hf_weights.save_directory(
@@ -110,6 +119,17 @@ def save(
         stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
         progress=progress,
     )
+
+
+def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
+    """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
+    out = np.empty(weight.shape[len(place) :], weight.dtype)
+    for shard in weight.addressable_shards:
+        ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
+        if all(start <= at < stop for at, (start, stop, _) in zip(place, ranges, strict=False)):
+            local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
+            out[shard.index[len(place) :]] = np.asarray(shard.data[local])
+    return out
 
 
 def load_adapter(path: str | Path, config: ModelConfig) -> Transform:

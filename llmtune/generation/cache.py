@@ -1,4 +1,8 @@
-"""The key-value cache: one buffer for all layers, written in place as the scan over layers carries it."""
+"""The key-value cache, written in place as the scan over layers carries it: one buffer for each slot of the layers' pattern.
+
+Where all layers are alike there is one slot. Layers with a window keep only as many tokens as it is wide, in a ring: index i
+lies at i mod window. Windows go by index in the row, and the ring holds the last indices whatever padding a row begins with.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,38 +11,43 @@ import jax
 import jax.numpy as jnp
 
 from llmtune.kernels import Mask, attention
-from llmtune.models.attention import Attend
+from llmtune.models.attention import Attend, Layer
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import spec
-
-CAUSAL = Mask(causal=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """k and v: [layers, batch, length, kv_heads, head_dim]; slot i holds the token of index i of every row."""
+    """For each slot, k and v: [layers of the slot, batch, length or window, kv_heads, head_dim]."""
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> KVCache:
     """Zeros, laid out like keys and values."""
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    slots = len(config.windows)
     layout = spec("layers", "batch", "seq", "act_kv_heads", None)
-    zeros = jnp.zeros(shape, dtype, out_sharding=layout)
+
+    def buffer(slot: int) -> jax.Array:
+        layers = len(range(slot, config.num_hidden_layers, slots))
+        held = min(length, config.windows[slot] or length)
+        shape = (layers, batch, held, config.num_key_value_heads, config.head_dim)
+        return jnp.zeros(shape, dtype, out_sharding=layout)
+
+    zeros = tuple(buffer(slot) for slot in range(slots))
     return KVCache(zeros, zeros)
 
 
 def attend_and_fill(segment_ids: jax.Array) -> Attend:
-    """Prefill: attention within the prompt's own rows, whose keys and values are written to the front of the cache."""
+    """Prefill: attention within the prompt's own rows, whose last keys and values are written into the cache."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        out = attention(
-            q, k, v, mask=CAUSAL, q_segments=segment_ids, kv_segments=segment_ids, scale=q.shape[-1] ** -0.5
-        )
-        return out, _write(cache, k, v, layer, 0)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        mask = Mask(causal=True, window=layer.window)
+        out = attention(q, k, v, mask=mask, q_segments=segment_ids, kv_segments=segment_ids, scale=q.shape[-1] ** -0.5)
+        held = cache.k[layer.slot].shape[2]
+        return out, _write(cache, _last(k, held), _last(v, held), layer, 0)
 
     return attend
 
@@ -47,20 +56,43 @@ def attend_to_cache(segment_ids: jax.Array, index: jax.Array) -> Attend:
     """Decoding: one token per row, at `index`, sees what the cache holds up to it. segment_ids int32 [batch, length]."""
     here = jax.lax.dynamic_slice_in_dim(segment_ids, index, 1, axis=1)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        cache = _write(cache, k, v, layer, index)
-        keys, values = (jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False) for x in (cache.k, cache.v))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        held = cache.k[layer.slot].shape[2]
+        cache = _write(cache, k, v, layer, index % held)
+        keys, values = (
+            jax.lax.dynamic_index_in_dim(buffers[layer.slot], layer.index, axis=0, keepdims=False)
+            for buffers in (cache.k, cache.v)
+        )
         out = attention(
             q, keys, values,
-            mask=CAUSAL, q_segments=here, kv_segments=segment_ids, q_offset=index, scale=q.shape[-1] ** -0.5,
+            mask=Mask(causal=False), q_segments=here, kv_segments=_held_segments(segment_ids, index, held),
+            scale=q.shape[-1] ** -0.5,
         )  # fmt: skip
         return out, cache
 
     return attend
 
 
-def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, index: jax.Array | int) -> KVCache:
+def _held_segments(segment_ids: jax.Array, index: jax.Array, held: int) -> jax.Array:
+    """The segment of the token at each place of a ring that holds the indices up to `index`; 0 where none came yet."""
+    there = index - (index - jnp.arange(held, dtype=jnp.int32)) % held
+    known = segment_ids.at[:, jnp.maximum(there, 0)].get(out_sharding=spec("batch", "seq"))
+    return jnp.where(there >= 0, known, 0)
+
+
+def _last(x: jax.Array, held: int) -> jax.Array:
+    """The last tokens of a row [batch, seq, ...] that a ring of this length holds, each at its place."""
+    seq = x.shape[1]
+    return x if seq <= held else jnp.roll(x[:, seq - held :], seq % held, axis=1)
+
+
+def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: Layer, index: jax.Array | int) -> KVCache:
     zero = jnp.zeros((), jnp.int32)
-    at = (layer, zero, jnp.asarray(index, jnp.int32), zero, zero)
-    put = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)  # noqa: E731
+    at = (jnp.asarray(layer.index, jnp.int32), zero, jnp.asarray(index, jnp.int32), zero, zero)
+
+    def put(buffers: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+        buffer = buffers[layer.slot]
+        written = jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)
+        return (*buffers[: layer.slot], written, *buffers[layer.slot + 1 :])
+
     return KVCache(put(cache.k, k), put(cache.v, v))

@@ -125,7 +125,7 @@ def _compiled(
             model = bind(params)
             batch, seq = tokens.shape
             cache = empty_cache(config, batch, length, model.dtype)
-            hidden, cache = model.decoder().hidden(
+            hidden, cache, _ = model.decoder().hidden(
                 tokens, positions, attend_and_fill(segments), cache=cache, dtype=model.dtype
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
@@ -139,7 +139,7 @@ def _compiled(
     def one(params: Any, state: Decoding) -> Decoding:
         model = bind(params)
         attend = attend_to_cache(state.segment_ids, state.index)
-        hidden, cache = model.decoder().hidden(
+        hidden, cache, _ = model.decoder().hidden(
             state.last[:, None], state.positions[:, None], attend, cache=state.cache, dtype=model.dtype
         )
         following = choose(model, hidden, state.keys, state.positions + 1)

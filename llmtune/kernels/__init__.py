@@ -1,6 +1,7 @@
 """Kernels: arrays in, arrays out. They know nothing of modules, weights or operators."""
 
 from llmtune.kernels.attention import attention
+from llmtune.kernels.grouped_matmul import grouped_matmul
 from llmtune.kernels.masks import Mask, visible
 
-__all__ = ["Mask", "attention", "visible"]
+__all__ = ["Mask", "attention", "grouped_matmul", "visible"]

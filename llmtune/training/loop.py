@@ -150,6 +150,8 @@ def describe(
         f"model: {source.name} ({config.architecture}, {config.num_hidden_layers} layers, hidden {config.hidden_size}); "
         + (f"{trained:,} parameters of the adapter train" if run.adapt else f"all {trained:,} parameters train")
     )
+    if config.is_text_tower:
+        display.note("note: the text tower is trained; the others' tensors are carried through untouched into the export")
     for note in data.notes:
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

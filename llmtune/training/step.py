@@ -32,17 +32,20 @@ def make_train_step(
     strategy: Strategy,
     microbatches: int,
 ) -> TrainStep:
-    """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`."""
+    """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`.
 
-    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
-        return loss, weight
+    And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts.
+    """
+
+    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, weight, figures = objective(bind(combine(trainable, frozen)), batch)
+        return loss, (weight, figures)
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with strategy.active():
-            (loss, weight), grads = accumulate(gradient, microbatches, state.trainable, frozen, batch)
+            (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, batch)
             total = jnp.maximum(weight, 1.0)
             grads = jax.tree.map(lambda g: g / total, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -53,6 +56,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": (batch["segment_ids"] > 0).sum(),
             "target_tokens": weight,
+            **{name: value / total for name, value in figures.items()},
         }
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
@@ -60,18 +64,18 @@ def make_train_step(
 
 
 def make_eval_step(bind: Bind, objective: Objective, strategy: Strategy) -> EvalStep:
-    """(trainable, frozen, batch) -> (loss sum, weight sum)."""
+    """(trainable, frozen, batch) -> (loss sum, weight sum); the loss without what training adds to it."""
 
     def step(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with strategy.active():
-            loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
-        return loss, weight
+            loss, weight, figures = objective(bind(combine(trainable, frozen)), batch)
+        return figures.get("cross_entropy", loss), weight
 
     return step
 
 
 def accumulate(gradient: Callable, microbatches: int, trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
-    """((loss sum, weight sum), gradient of the loss sum) over `microbatches` pieces of the batch's rows."""
+    """((loss sum, (weight sum, sums of metrics)), gradient of the loss sum) over `microbatches` pieces of the batch's rows."""
     if microbatches == 1:
         return gradient(trainable, frozen, batch)
     pieces = jax.tree.map(lambda rows: split_rows(rows, microbatches), batch)

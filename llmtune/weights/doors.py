@@ -1,6 +1,6 @@
 """The four doors: the only ways in which a model touches a weight, whatever the weight is.
 
-    linear(x, w, out_axes)                          x @ w
+    linear(x, w, out_axes), add_bias(x, b)          x @ w, and + b where there is one
     expert_linear(x, w, group_sizes, out_axes)      each group of rows times its own expert's matrix
     embed_lookup(ids, w), unembed(x, w, out_axes)   rows of a table, and the transpose for tied heads
     head_loss(hidden, w, targets, chunk=...)        log-probabilities of targets, without [batch, seq, vocab]
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from llmtune.kernels import grouped_matmul
 from llmtune.sharding import current, placed_by_compiler, spec
 from llmtune.weights.gather import gather
 from llmtune.weights.operator import Operator
@@ -26,14 +27,19 @@ Weight = jax.Array | Operator
 HELD_LOGITS = 2**24  # logits of so many elements (64 MB in float32) are kept for the backward pass
 
 
-def linear(x: jax.Array, w: Weight, out_axes: tuple[str, ...]) -> jax.Array:
+def linear(x: jax.Array, w: Weight, out_axes: tuple[str | None, ...]) -> jax.Array:
     """[batch, seq, in] x [in, out] -> [batch, seq, out] in x's dtype, laid out as `out_axes` say."""
     if isinstance(w, Operator):
         return w.apply(x, out_axes)
     return contract(x, gather(w.astype(x.dtype)), "io", out_axes)
 
 
-def unembed(x: jax.Array, w: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
+def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
+    """X [batch, seq, out] + b [out], in x's dtype."""
+    return x + gather(b.astype(x.dtype))
+
+
+def unembed(x: jax.Array, w: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
     """[batch, seq, embed] x the transpose of an embedding table [vocab, embed] -> [batch, seq, vocab]."""
     return contract(x, gather(w.astype(x.dtype)), "oi", out_axes)
 
@@ -47,12 +53,29 @@ def embed_lookup(ids: jax.Array, w: jax.Array) -> jax.Array:
     return lookup(ids, gather(w))
 
 
-def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
-    """Grouped matmul: rows [tokens, in] sorted by expert, [experts, in, out], int32 [experts] -> [tokens, out]."""
+def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+    """Grouped matmul: rows [tokens, in] sorted by expert, [experts, in, out], int32 [experts] -> [tokens, out].
+
+    Rows beyond the sum of the sizes come out as zeros. On a mesh, x [expert parts, batch parts, tokens, in] and group_sizes
+    [expert parts, batch parts, own experts] hold what each device sorted for itself: nothing is exchanged but, where `in` is
+    sharded, the sum over its parts.
+    """
     if isinstance(w, Operator):
         raise TypeError(f"{type(w).__name__} is not yet a weight of experts")
-    grouped = placed_by_compiler(jax.lax.ragged_dot, *out_axes)
-    return grouped(x, gather(w.astype(x.dtype)), group_sizes)
+    w = gather(w.astype(x.dtype))
+    rows, matrices, sizes = (jax.typeof(array).sharding.spec for array in (x, w, group_sizes))
+    summed = matrices[1]
+
+    def own(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        out = grouped_matmul(x.reshape(x.shape[-2:]), w, sizes.reshape(sizes.shape[-1:]))
+        out = out if summed is None else jax.lax.psum(out, summed)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return own(x, w, group_sizes)
+    return jax.shard_map(own, in_specs=(rows, matrices, sizes), out_specs=spec(*out_axes), check_vma=False)(
+        x, w, group_sizes
+    )
 
 
 def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -105,7 +128,7 @@ def _again(piece: Callable) -> Callable:
     return jax.checkpoint(piece, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("toward"))
 
 
-def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str, ...]) -> jax.Array:
+def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str | None, ...]) -> jax.Array:
     """[batch, seq, i] with a matrix laid out "io" or "oi" -> [batch, seq, o].
 
     Rows are flattened to two dimensions where the sequence is not sharded: XLA's CPU matmul runs at half the speed on three

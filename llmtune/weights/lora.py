@@ -37,7 +37,7 @@ class LoRA(Operator):
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
+    def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """X @ base + (scale * x @ a) @ b: scaled where it is narrow."""
         low = checkpoint_name(linear(x, self.a, ("batch", "seq", "act_rank")), "low_rank")
         return linear(x, self.base, out_axes) + linear(self.scale.astype(x.dtype) * low, self.b, out_axes)

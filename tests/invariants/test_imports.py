@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 FILES = sorted(path for package in ("llmtune", "checkpoints_convert") for path in (ROOT / package).rglob("*.py"))
 STANDS_ON = {  # room -> the rooms that it may import, besides itself and llmtune.errors
     "llmtune.kernels": {"llmtune.sharding"},
-    "llmtune.weights": {"llmtune.sharding"},
+    "llmtune.weights": {"llmtune.kernels", "llmtune.sharding"},
     "llmtune.models": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},
     "llmtune.transforms": {"llmtune.weights", "llmtune.sharding"},
     "llmtune.objectives": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from types import TracebackType
 from typing import NoReturn
 
 import llmtune
@@ -118,6 +119,7 @@ def _train(options: argparse.Namespace) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
     threading.excepthook = lambda _: None  # likewise
+    sys.excepthook = _print_uncaught
     train(run)
     return 0
 
@@ -138,6 +140,12 @@ def _generate(options: argparse.Namespace) -> int:
     for prompt, completion in zip(options.prompt, completions, strict=True):
         print(f"{prompt}{completion}")
     return 0
+
+
+def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As ever, but for what each part of a failed save calls after it into the event loop that it has lost."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _refuse(message: str) -> int:

@@ -21,6 +21,7 @@ ROW = {"prompt": "Name an animal:", "completion": " a hedgehog"}
 def global_state(monkeypatch):
     """What the command sets for its process is put back."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     level = logging.getLogger("absl").level
     yield
     logging.getLogger("absl").setLevel(level)
@@ -286,3 +287,12 @@ def test_prompts_are_printed_with_their_completions(capsys, starter):
     )
     expected = llmtune.load(starter).generate(prompts, max_new_tokens=4)
     assert capsys.readouterr().out == "".join(f"{prompt}{own}\n" for prompt, own in zip(prompts, expected, strict=True))
+
+
+def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(capsys):
+    from llmtune.cli import _print_uncaught
+
+    _print_uncaught(RuntimeError, RuntimeError("Event loop is closed"), None)
+    assert capsys.readouterr().err == ""
+    _print_uncaught(RuntimeError, RuntimeError("a defect"), None)
+    assert "RuntimeError: a defect" in capsys.readouterr().err

@@ -7,6 +7,7 @@ This is the only module that knows Orbax. Its V1 interface is used (an attribute
 """
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,8 +44,17 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState) -> None:
-        """Start saving. Waits for the save before, so that none is skipped and a failed one is reported here."""
+        """Start saving. Waits for the save before, so that none is skipped and a failed one is reported here.
+
+        Too little room is said before anything is written: the newest checkpoint goes only once the next is complete.
+        """
         self.wait()
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise LlmtuneError(
+                f"{self.directory}: saving a checkpoint failed (no space left on device: it may take "
+                f"{needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free); make room, and the same command goes on"
+            )
         self._saver.save_checkpointables_async(step, {"state": _flatten(state)}, force=True)
 
     def restore(self, step: int, like: TrainState, mesh: Mesh) -> TrainState:
@@ -62,10 +72,13 @@ class Checkpoints:
         return jax.tree.unflatten(structure, [flat[name] for name in _flatten(like)])
 
     def wait(self) -> None:
-        """Until what was started is on disk; raises what went wrong."""
+        """Until what was started is on disk; raises what went wrong, and leaves nothing of it."""
         try:
             self._saver.wait()
         except Exception as error:
+            if jax.process_index() == 0:
+                for half in self.directory.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(half, ignore_errors=True)
             raise LlmtuneError(f"{self.directory}: saving a checkpoint failed ({_first_line(error)})") from error
 
     def __enter__(self) -> "Checkpoints":

@@ -10,14 +10,14 @@ export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory),
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtune.config import Run
 from llmtune.config_file import dump_run, parse_yaml
-from llmtune.errors import LlmtuneConfigError, LlmtuneError
+from llmtune.errors import LlmtuneConfigError
+from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
 
 
@@ -53,15 +53,16 @@ class RunDirectory:
         return self.path / "export"
 
     def begin(self, run: Run, data_digest: str) -> None:
-        """Make the directory, and write down what the run is."""
-        try:
+        """Make the directory, and write down what the run is: first of all its configuration, by which it is known."""
+        with written_plainly(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.data, data_digest + "\n")
+        try:
             write_whole(self.config, dump_run(run))
-        except OSError as error:
-            raise LlmtuneError(
-                f"output: {run.output} cannot be written ({error.strerror}); choose another directory"
-            ) from None
+            write_whole(self.data, data_digest + "\n")
+        except BaseException:
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
 
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
@@ -92,16 +93,6 @@ def claim(run: Run, data_digest: str) -> RunDirectory:
             f"output: {run.output} exists and is no llmtune run (it has no config.yaml); choose an empty or new directory"
         )
     return directory
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _refuse_another_run(directory: RunDirectory, text: str) -> None:

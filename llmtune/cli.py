@@ -9,8 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
@@ -119,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
     threading.excepthook = lambda _: None  # likewise
-    sys.excepthook = _print_uncaught
+    sys.unraisablehook = _print_unraisable
     train(run)
     return 0
 
@@ -142,10 +141,10 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_unraisable(found: Any) -> None:
     """As ever, but for what each part of a failed save calls after it into the event loop that it has lost."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _refuse(message: str) -> int:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ ROW = {"prompt": "Name an animal:", "completion": " a hedgehog"}
 def global_state(monkeypatch):
     """What the command sets for its process is put back."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     level = logging.getLogger("absl").level
     yield
     logging.getLogger("absl").setLevel(level)
@@ -290,9 +291,11 @@ def test_prompts_are_printed_with_their_completions(capsys, starter):
 
 
 def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(capsys):
-    from llmtune.cli import _print_uncaught
+    from llmtune.cli import _print_unraisable
 
-    _print_uncaught(RuntimeError, RuntimeError("Event loop is closed"), None)
-    assert capsys.readouterr().err == ""
-    _print_uncaught(RuntimeError, RuntimeError("a defect"), None)
-    assert "RuntimeError: a defect" in capsys.readouterr().err
+    for said in ("Event loop is closed", "a defect"):
+        error = RuntimeError(said)
+        _print_unraisable(
+            SimpleNamespace(exc_type=RuntimeError, exc_value=error, exc_traceback=None, err_msg=None, object=None)
+        )
+    assert capsys.readouterr().err.strip() == "RuntimeError: a defect"

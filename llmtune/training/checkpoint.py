@@ -8,6 +8,7 @@ This is the only module that knows Orbax. Its V1 interface is used (an attribute
 
 import contextlib
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,10 +77,20 @@ class Checkpoints:
         try:
             self._saver.wait()
         except Exception as error:
-            if jax.process_index() == 0:
-                for half in self.directory.glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(half, ignore_errors=True)
+            self._discard_halves()
             raise LlmtuneError(f"{self.directory}: saving a checkpoint failed ({_first_line(error)})") from error
+
+    def _discard_halves(self) -> None:
+        """Remove what a failed save left; its threads may still be at it for a moment."""
+        with contextlib.suppress(Exception):
+            self._saver.close()
+        for _ in range(50 if jax.process_index() == 0 else 0):
+            halves = list(self.directory.glob("*.orbax-checkpoint-tmp"))
+            if not halves:
+                return
+            for half in halves:
+                shutil.rmtree(half, ignore_errors=True)
+            time.sleep(0.1)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -14,7 +14,7 @@ from llmtune.errors import LlmtuneError
 
 @contextlib.contextmanager
 def written_plainly(path: Path) -> Iterator[None]:
-    """Around anything that writes `path`. (A failed write, unlike a failed open, does not say which file it was.)"""
+    """Around anything that writes `path`; a failed write, unlike a failed open, does not say which file it was."""
     try:
         yield
     except OSError as error:

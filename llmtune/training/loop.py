@@ -53,13 +53,13 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
 
         _, declared = declare(source.config)
         mesh, strategy = choose_layout(run.sharding, declared, devices)
-        directory = claim(run, data.digest)
+        directory = claim(run, data.digest, source.digest)
 
         with jax.set_mesh(mesh):
             display.phase("reading weights", total=source.weight_bytes or None)
             program, state = build_program(run, source, steps, mesh, strategy, display.advance)
             describe(display, run, source, data, program, state)
-            directory.begin(run, data.digest)
+            directory.begin(run, data.digest, source.digest)
 
             evaluator = Evaluator(run, source.config, data, program, directory)
             with Checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:

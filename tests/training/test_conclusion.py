@@ -93,5 +93,5 @@ def test_a_directory_whose_first_file_does_not_fit_is_not_left_behind(stories, d
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", no_space)
         with pytest.raises(LlmtuneError, match=r"config\.yaml: cannot be written"):
-            RunDirectory(tmp_path / "run").begin(run, "0")
+            RunDirectory(tmp_path / "run").begin(run, "0", "1")
     assert not (tmp_path / "run").exists()

@@ -124,18 +124,24 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
     from llmtune.model import load
 
-    model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
-    completions = model.generate(
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop=options.stop,
-        seed=options.seed,
-    )
+    console = Console(stderr=True)  # the spinner shows in a terminal only; completions alone go to stdout
+    with console.status(f"reading {escape(options.model)}") as status:
+        model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
+        status.update(f"generating up to {options.max_new_tokens} tokens")
+        completions = model.generate(
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop=options.stop,
+            seed=options.seed,
+        )
     for prompt, completion in zip(options.prompt, completions, strict=True):
         print(f"{prompt}{completion}")
     return 0

@@ -290,12 +290,19 @@ def test_prompts_are_printed_with_their_completions(capsys, starter):
     assert capsys.readouterr().out == "".join(f"{prompt}{own}\n" for prompt, own in zip(prompts, expected, strict=True))
 
 
-def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(capsys):
+def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(monkeypatch):
     from llmtune.cli import _print_unraisable
 
-    for said in ("Event loop is closed", "a defect"):
-        error = RuntimeError(said)
-        _print_unraisable(
-            SimpleNamespace(exc_type=RuntimeError, exc_value=error, exc_traceback=None, err_msg=None, object=None)
-        )
-    assert capsys.readouterr().err.strip() == "RuntimeError: a defect"
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    found = [SimpleNamespace(exc_value=RuntimeError(said)) for said in ("Event loop is closed", "a defect")]
+    for one in found:
+        _print_unraisable(one)
+    assert printed == found[1:]
+
+
+def test_what_takes_long_says_what_it_is_doing(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    assert main(["generate", "llmtune:starter", "--prompt", "Mira", "--max-new-tokens", "2"]) == 0
+    printed = capfd.readouterr()
+    assert "generating up to 2 tokens" in printed.err and printed.out.startswith("Mira")

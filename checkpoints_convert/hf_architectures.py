@@ -105,7 +105,8 @@ def parse_experts(config: Mapping[str, Any], own: Architecture, where: str) -> E
     if not own.experts:
         return None
     number, chosen = (
-        positive(config, name, where, default) for name, default in (("num_local_experts", 8), ("num_experts_per_tok", 2))
+        positive(config, name, where, default)
+        for name, default in (("num_local_experts", 8), ("num_experts_per_tok", 2))
     )
     if chosen > number:
         raise wrong(where, "num_experts_per_tok", chosen, f"at most num_local_experts {number}")
@@ -151,7 +152,9 @@ def text_part(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     ties = {name: part["tie_word_embeddings"] for name, part in (("", config), ("text_config.", text))
             if "tie_word_embeddings" in part}  # fmt: skip
     if len(set(map(repr, ties.values()))) > 1:
-        raise wrong(where, "text_config.tie_word_embeddings", ties["text_config."], "the same as tie_word_embeddings outside")
+        raise wrong(
+            where, "text_config.tie_word_embeddings", ties["text_config."], "the same as tie_word_embeddings outside"
+        )
     return {**text, "model_type": kind, "architectures": [BY_TYPE[kind].name],
             "tie_word_embeddings": next(iter(ties.values()), False)}  # fmt: skip
 

@@ -97,7 +97,9 @@ def _yarn(scaling: Fields, field: str, where: str) -> YarnScaling:
     def optional(name: str) -> float | None:
         return None if scaling.get(name) is None else number(scaling, name, where, None, f"{field}.")
 
-    fast, slow = (number(scaling, name, where, own, f"{field}.") for name, own in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    fast, slow = (
+        number(scaling, name, where, own, f"{field}.") for name, own in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    )
     if fast < slow:
         raise wrong(where, f"{field}.beta_fast", fast, f"at least beta_slow {slow}")
     return YarnScaling(

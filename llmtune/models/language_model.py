@@ -23,7 +23,9 @@ from llmtune.models.decoder import Decoder, Params, Remat
 from llmtune.models.moe import routing_losses
 from llmtune.weights import head_loss, linear
 
-Aux = dict[str, jax.Array]  # of a mixture of experts: `penalty`, to be added to the mean loss, and its parts; else empty
+Aux = dict[
+    str, jax.Array
+]  # of a mixture of experts: `penalty`, to be added to the mean loss, and its parts; else empty
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,7 @@ class LanguageModel:
         del key
         decoder, counted = self.decoder(), (segment_ids > 0).astype(jnp.float32)
         attend = attend_within_row(segment_ids)
-        hidden, _, sums = decoder.hidden(
-            tokens, positions, attend, counted=counted, dtype=self.dtype, remat=self.remat
-        )
+        hidden, _, sums = decoder.hidden(tokens, positions, attend, counted=counted, dtype=self.dtype, remat=self.remat)
         experts = decoder.config.experts
         return hidden, {} if experts is None else routing_losses(sums, experts)
 

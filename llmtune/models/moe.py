@@ -30,9 +30,7 @@ ROWS = ("expert", "batch", None)  # logical axes of sorted rows, before their wi
 class ExpertLinear(nnx.Module):
     """Sorted rows times the matrix of their expert; kernel [experts, in, out]."""
 
-    def __init__(
-        self, experts: int, n_in: int, n_out: int, axes: tuple[str, str], *, init: Initializer, out_axis: str
-    ):
+    def __init__(self, experts: int, n_in: int, n_out: int, axes: tuple[str, str], *, init: Initializer, out_axis: str):
         self.kernel: nnx.Param[Any] = nnx.Param(ArraySpec((experts, n_in, n_out), ("expert", *axes), init=init))
         self.out_axis = out_axis
 

@@ -205,7 +205,9 @@ def test_what_is_not_implemented_is_refused_by_name(field):
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", 7, None])
 def test_other_rope_scalings_are_refused_by_name(kind):
-    with pytest.raises(LlmtuneFormatError, match=rf"rope_scaling\.rope_type is {kind!r}; supported: default, linear, llama3 or"):
+    with pytest.raises(
+        LlmtuneFormatError, match=rf"rope_scaling\.rope_type is {kind!r}; supported: default, linear, llama3 or"
+    ):
         parse(rope_scaling={"rope_type": kind, "factor": 2.0})
 
 

@@ -91,7 +91,9 @@ def test_what_is_printed(capsys, tmp_path):
     assert "last 4,096 tokens" in "\n".join(inspect("mistral-7b-v0.1"))
     assert "YaRN scaling by 16 beyond 16,384; queries scaled" in "\n".join(inspect("ministral-3-3b"))
     directory = save_model("mistral 3, text tower", tmp_path)
-    assert "other towers" in "\n".join(inspect(str(directory))) and "on disk float32" in "\n".join(inspect(str(directory)))
+    assert "other towers" in "\n".join(inspect(str(directory))) and "on disk float32" in "\n".join(
+        inspect(str(directory))
+    )
 
 
 def test_bad_input(capsys):

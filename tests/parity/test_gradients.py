@@ -23,7 +23,13 @@ from tests.parity.reference import MODELS, load_reference, save_model
 ROWS, LENGTH, PADDING = 4, 96, (0, 17, 40, 90)
 CHOSEN = ("tied", "biases", "yarn scaling, its optional fields", "mistral with a window",
           "ministral, interleaved windows", "ministral 3", "mixtral")  # fmt: skip
-SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 200, "intermediate_size": 96}
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 200,
+    "intermediate_size": 96,
+}
 
 
 def batch_of(vocab):

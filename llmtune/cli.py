@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
@@ -129,23 +129,30 @@ def _train(options: argparse.Namespace) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
     threading.excepthook = lambda _: None  # likewise
+    sys.unraisablehook = _print_unraisable
     train(run)
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
     from llmtune.model import load
 
-    model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
-    completions = model.generate(
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop=options.stop,
-        seed=options.seed,
-    )
+    console = Console(stderr=True)  # the spinner shows in a terminal only; completions alone go to stdout
+    with console.status(f"reading {escape(options.model)}") as status:
+        model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
+        status.update(f"generating up to {options.max_new_tokens} tokens")
+        completions = model.generate(
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop=options.stop,
+            seed=options.seed,
+        )
     for prompt, completion in zip(options.prompt, completions, strict=True):
         print(f"{prompt}{completion}")
     return 0
@@ -156,6 +163,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
     print("\n".join(inspect(options.model, options.length)))
     return 0
+
+
+def _print_unraisable(found: Any) -> None:
+    """As ever, but for what each part of a failed save calls after it into the event loop that it has lost."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _refuse(message: str) -> int:

@@ -10,6 +10,8 @@ names and file formats.
     save_adapter(path, params, source)                a PEFT directory
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import yaml
 from jax.sharding import Mesh
 
 from checkpoints_convert import hf_config, hf_weights, peft
+from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
@@ -52,6 +55,12 @@ class Source:
         for info in () if self.directory is None else open_directory(self.directory).tensors.values():
             sizes[str(info.dtype)] = sizes.get(str(info.dtype), 0) + info.end - info.start
         return sizes
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the model: of its configuration and, of each stored tensor, of a part that no other model shares."""
+        weights = "" if self.directory is None else fingerprint(self.directory)
+        return hashlib.sha256(f"{json.dumps(self.hf_config, sort_keys=True)} {weights}".encode()).hexdigest()
 
 
 def open_source(name: str) -> Source:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ ROW = {"prompt": "Name an animal:", "completion": " a hedgehog"}
 def global_state(monkeypatch):
     """What the command sets for its process is put back."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     level = logging.getLogger("absl").level
     yield
     logging.getLogger("absl").setLevel(level)
@@ -286,3 +288,21 @@ def test_prompts_are_printed_with_their_completions(capsys, starter):
     )
     expected = llmtune.load(starter).generate(prompts, max_new_tokens=4)
     assert capsys.readouterr().out == "".join(f"{prompt}{own}\n" for prompt, own in zip(prompts, expected, strict=True))
+
+
+def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(monkeypatch):
+    from llmtune.cli import _print_unraisable
+
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    found = [SimpleNamespace(exc_value=RuntimeError(said)) for said in ("Event loop is closed", "a defect")]
+    for one in found:
+        _print_unraisable(one)
+    assert printed == found[1:]
+
+
+def test_what_takes_long_says_what_it_is_doing(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    assert main(["generate", "llmtune:starter", "--prompt", "Mira", "--max-new-tokens", "2"]) == 0
+    printed = capfd.readouterr()
+    assert "generating up to 2 tokens" in printed.err and printed.out.startswith("Mira")

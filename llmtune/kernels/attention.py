@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from llmtune.kernels.blocked_attention import blocked_attention
 from llmtune.kernels.dense_attention import dense_attention
 from llmtune.kernels.masks import Mask
+from llmtune.kernels.strip_attention import strip_attention
 
-DENSE_SCORES = 1024 * 1024  # rows whose scores per head are at most this many are attended to at once
+SHORT_ROW = 2048  # tokens up to which a strip's whole softmax is held
 
 
 def attention(
@@ -35,12 +36,11 @@ def attention(
     """
     seq, length = q.shape[1], k.shape[1]
     decoding = seq != length or not isinstance(q_offset, int) or q_offset != 0
-    if decoding or seq * length <= DENSE_SCORES // 2:
-        form = functools.partial(dense_attention, mask=mask, scale=scale)
-        offsets = (q_offset,)
+    if decoding:
+        form, offsets = functools.partial(dense_attention, mask=mask, scale=scale), (q_offset,)
     else:
-        form = functools.partial(blocked_attention, mask=mask, scale=scale)
-        offsets = ()
+        rows = strip_attention if seq <= SHORT_ROW else blocked_attention
+        form, offsets = functools.partial(rows, mask=mask, scale=scale), ()
     arrays = (q, k, v, q_segments, kv_segments)
     if jax.sharding.get_abstract_mesh().empty:
         return _call(form, arrays, offsets)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
@@ -46,9 +47,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rotations: Rotations, attend: Attend, layer: Layer, cache: Any
     ) -> tuple[jax.Array, Any]:
-        q = rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotations.queries)
-        k = rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotations.keys)
-        v = _split_heads(self.v(x), self.kv_heads, "act_kv_heads")
+        q = checkpoint_name(rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotations.queries), "q")
+        k = checkpoint_name(rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotations.keys), "k")
+        v = checkpoint_name(_split_heads(self.v(x), self.kv_heads, "act_kv_heads"), "v")
         out, cache = attend(q, k, v, layer, cache)
         return self.o(_merge_heads(out)), cache
 

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.attention import Attend, Attention, Layer
 from llmtune.models.config import ModelConfig
@@ -56,7 +57,7 @@ class Block(nnx.Module):
         counted: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Sums]:
         mixed, cache = self.attention(self.attention_norm(x), rotations, attend, layer, cache)
-        x = x + mixed
+        x = checkpoint_name(x + mixed, "attended")
         fed, sums = self.mlp(self.mlp_norm(x), counted)
         return x + fed, cache, sums
 

@@ -2,6 +2,7 @@
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
@@ -23,4 +24,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         del counted
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x)), {}
+        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
+        return self.down(jax.nn.silu(gate) * up), {}

@@ -1,5 +1,8 @@
 """A training run, as a story read from top to bottom: data, mesh, weights, step, loop, export."""
 
+import shlex
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +53,13 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
 
         _, declared = declare(source.config)
         mesh, strategy = choose_layout(run.sharding, declared, devices)
-        directory = claim(run, data.digest)
+        directory = claim(run, data.digest, source.digest)
 
         with jax.set_mesh(mesh):
             display.phase("reading weights", total=source.weight_bytes or None)
             program, state = build_program(run, source, steps, mesh, strategy, display.advance)
             describe(display, run, source, data, program, state)
-            directory.begin(run, data.digest)
+            directory.begin(run, data.digest, source.digest)
 
             evaluator = Evaluator(run, source.config, data, program, directory)
             with Checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
@@ -189,4 +192,13 @@ def conclude(display: Display, summary: Summary, directory: RunDirectory) -> Non
         display.note(f"{kind}: {path}")
     display.note(f"metrics: {directory.metrics.path}")
     prompt = evaluation["after"]["samples"][0]["prompt"] if evaluation["after"]["samples"] else "Once upon a time"
-    display.note(f"try it: llmtune generate {summary.directory} --prompt {prompt!r}")
+    display.note(f"try it: {shlex.join([command(), 'generate', str(summary.directory), '--prompt', prompt])}")
+
+
+def command() -> str:
+    """What to type for `llmtune`: its path where a shell would find none, or that of another environment."""
+    own = Path(sys.executable).with_name("llmtune")
+    found = shutil.which("llmtune")
+    if not own.exists() or (found is not None and Path(found) == own):
+        return "llmtune"
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)

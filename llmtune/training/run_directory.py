@@ -3,6 +3,7 @@
 config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
                  (all but `sharding`: a run may go on, on other devices)
 data.sha256      of the data files; a resumed run must see the same
+base.sha256      of the model that it began with (see `pretrained.Source.digest`), which checkpoints of an adapter refer to
 metrics.jsonl    an object per step
 checkpoints/     Orbax
 evaluation.json  held-out loss, perplexity and sample generations before and after
@@ -10,14 +11,14 @@ export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory),
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtune.config import Run
 from llmtune.config_file import dump_run, parse_yaml
-from llmtune.errors import LlmtuneConfigError, LlmtuneError
+from llmtune.errors import LlmtuneConfigError
+from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
 
 
@@ -38,6 +39,11 @@ class RunDirectory:
         return self.path / "data.sha256"
 
     @property
+    def base(self) -> Path:
+        """sha256 of the base model."""
+        return self.path / "base.sha256"
+
+    @property
     def metrics(self) -> MetricsFile:
         """An object per step."""
         return MetricsFile(self.path / "metrics.jsonl")
@@ -52,16 +58,18 @@ class RunDirectory:
         """Finished models."""
         return self.path / "export"
 
-    def begin(self, run: Run, data_digest: str) -> None:
-        """Make the directory, and write down what the run is."""
-        try:
+    def begin(self, run: Run, data_digest: str, base_digest: str) -> None:
+        """Make the directory, and write down what the run is: first of all its configuration, by which it is known."""
+        with written_plainly(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.data, data_digest + "\n")
+        try:
             write_whole(self.config, dump_run(run))
-        except OSError as error:
-            raise LlmtuneError(
-                f"output: {run.output} cannot be written ({error.strerror}); choose another directory"
-            ) from None
+            write_whole(self.data, data_digest + "\n")
+            write_whole(self.base, base_digest + "\n")
+        except BaseException:
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
 
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
@@ -73,35 +81,29 @@ class RunDirectory:
         write_whole(self.path / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
 
 
-def claim(run: Run, data_digest: str) -> RunDirectory:
+def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
     """The run's directory, new or taken up again; nothing is written yet.
 
-    Refuses one that holds something else, another run, or a run on other data.
+    Refuses one that holds something else, another run, or a run on other data or another base model.
     """
     directory = RunDirectory(Path(run.output).absolute())
     if directory.config.exists():
         _refuse_another_run(directory, dump_run(run))
-        if directory.data.exists() and directory.data.read_text(encoding="utf-8").strip() != data_digest:
-            raise LlmtuneConfigError(
-                f"output: {directory.path} was begun with other data (its files have changed since); "
-                "choose another directory, or restore the files"
-            )
+        for path, digest, what in (
+            (directory.data, data_digest, "other data (its files have"),
+            (directory.base, base_digest, f"another base model (the files of {run.model} have"),
+        ):
+            if path.exists() and path.read_text(encoding="utf-8").strip() != digest:
+                raise LlmtuneConfigError(
+                    f"output: {directory.path} was begun with {what} changed since); "
+                    "choose another directory, or restore the files"
+                )
         return directory
     if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
         raise LlmtuneConfigError(
             f"output: {run.output} exists and is no llmtune run (it has no config.yaml); choose an empty or new directory"
         )
     return directory
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _refuse_another_run(directory: RunDirectory, text: str) -> None:

@@ -40,11 +40,15 @@ def test_a_real_model_continues_as_in_transformers(stories, strategy):
     assert [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)] == whole
 
 
-def test_random_models_and_rows_of_one_token(tmp_path):
-    directory = save_model("gqa untied", tmp_path / "hf")
-    prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (1, 2, 40, 130)]
-    expected = reference_completions(directory, prompts, 64, [2])
-    assert llmtune.load(directory).generate(prompts, max_new_tokens=64) == expected
+OFTEN = ("gqa untied", "llama3 scaling beyond the original length", "mistral")
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.nightly) for n in MODELS])
+def test_random_models_and_rows_of_one_token(name, tmp_path):
+    directory = save_model(name, tmp_path / "hf")
+    prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (1, 2, 3, 17, 40, 64, 130, 200)]
+    expected = reference_completions(directory, prompts, 128, [2])
+    assert llmtune.load(directory).generate(prompts, max_new_tokens=128) == expected
 
 
 CACHED = ("mistral with a window", "ministral, interleaved windows", "ministral 3", "mixtral")

@@ -9,5 +9,6 @@ from llmtune.weights.tied import Tied
 
 __all__ = [
     "ArraySpec", "Initializer", "LoRA", "Operator", "Tied", "Weight", "add_bias", "constant", "dense", "embed_lookup",
-    "expert_linear", "head_loss", "is_operator", "linear", "map_fields", "materialize", "normal", "path_name", "shardings", "unembed", "uniform",
+    "expert_linear", "head_loss", "is_operator", "linear", "map_fields", "materialize", "normal", "path_name", "shardings",
+    "unembed", "uniform",
 ]  # fmt: skip

@@ -79,8 +79,8 @@ FAULTS = {
         "llmtune/models/norm.py", "+ self.eps)", "+ 1e-5)", logits("an eps that matters"),
     ),
     "heads grouped as if repeated the other way": Fault(
-        "llmtune/kernels/dense_attention.py", "kv_heads, groups, size).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1",
-        "groups, kv_heads, size).transpose(0, 3, 2, 1, 4).reshape(batch, kv_heads, -1", logits("gqa untied"),
+        "llmtune/kernels/strip_attention.py", "kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)",
+        "heads // kv_heads, kv_heads, size).transpose(0, 3, 2, 1, 4)", logits("gqa untied"),
     ),
     "head_dim computed instead of read": Fault(
         "checkpoints_convert/hf_config.py", 'head_dim = positive(config, "head_dim", where, derived)', "head_dim = derived",
@@ -103,8 +103,8 @@ FAULTS = {
         f"{GRADIENTS}::test_router_losses_with_padding_left_out",
     ),
     "transposed o_proj": Fault(
-        "checkpoints_convert/hf_names.py", 'layer, ours.endswith("kernel"))', 'layer, ours.endswith("kernel") and "/o/" not in ours)',
-        logits("gqa untied"),
+        "checkpoints_convert/hf_names.py", 'layer, ours.endswith("kernel"))',
+        'layer, ours.endswith("kernel") and "/o/" not in ours)', logits("gqa untied"),
     ),
     "biases read and forgotten": Fault(
         "llmtune/models/linear.py", "return out if bias is None else add_bias(out, bias)", "return out", logits("biases"),

@@ -133,7 +133,7 @@ def _settings(
     stacked = [MODULES[path.removeprefix(f"{SEGMENT}/")] for path in factors if path.startswith(SEGMENT)]
     root = next((module.partition(".layers.")[0] for module in ranks if module != HEAD), "model")
     layers = sorted({int(module.partition(".layers.")[2].split(".")[0]) for module in ranks if module != HEAD})
-    every_layer = all(f"{root}.layers.{n}.{module}" in ranks for module in stacked for n in layers)
+    every_layer = root == "model" and all(f"model.layers.{n}.{module}" in ranks for module in stacked for n in layers)
     targets = sorted({module.rsplit(".", 1)[-1] for module in [*stacked, *(m for m in ranks if m == HEAD)]})
     return {
         "peft_type": "LORA",

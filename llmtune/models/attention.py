@@ -4,6 +4,7 @@
 decoding (a key-value cache), so this module has no flags for either.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,10 +38,11 @@ class Attention(nnx.Module):
         hidden, size, init = config.hidden_size, config.head_dim, normal(config.initializer_range)
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         q_axes, kv_axes, out_axes = (("batch", "seq", name) for name in ("act_heads", "act_kv_heads", "act_embed"))
-        self.q = Linear(hidden, heads * size, ("embed", "heads"), init=init, out_axes=q_axes, bias=bias)
-        self.k = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes, bias=bias)
-        self.v = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes, bias=bias)
-        self.o = Linear(heads * size, hidden, ("heads", "embed"), init=init, out_axes=out_axes, bias=bias)
+        declare = functools.partial(Linear, init=init, bias=bias)
+        self.q = declare(hidden, heads * size, ("embed", "heads"), out_axes=q_axes, heads=heads)
+        self.k = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)
+        self.v = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)
+        self.o = declare(heads * size, hidden, ("heads", "embed"), out_axes=out_axes)
         self.prefix = nnx.Param(None)
         self.heads, self.kv_heads = heads, kv_heads
 

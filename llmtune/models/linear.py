@@ -9,7 +9,10 @@ from llmtune.weights import ArraySpec, Initializer, add_bias, linear
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias), with kernel [in, out]; `out_axes` lay out the result. `bias` is None where there is none."""
+    """x @ kernel (+ bias), with kernel [in, out]; `out_axes` lay out the result. `bias` is None where there is none.
+
+    `heads`: the width of the result is so many heads, which are not cut.
+    """
 
     def __init__(
         self,
@@ -20,9 +23,11 @@ class Linear(nnx.Module):
         init: Initializer,
         out_axes: tuple[str | None, ...],
         bias: bool = False,
+        heads: int | None = None,
     ):
-        self.kernel: nnx.Param[Any] = nnx.Param(ArraySpec((n_in, n_out), axes, init=init))
-        self.bias: nnx.Param[Any] = nnx.Param(ArraySpec((n_out,), axes[1:]) if bias else None)
+        pieces = n_out if heads is None else heads
+        self.kernel: nnx.Param[Any] = nnx.Param(ArraySpec((n_in, n_out), axes, init=init, pieces=(n_in, pieces)))
+        self.bias: nnx.Param[Any] = nnx.Param(ArraySpec((n_out,), axes[1:], pieces=(pieces,)) if bias else None)
         self.out_axes = out_axes
 
     def __call__(self, x: jax.Array) -> jax.Array:

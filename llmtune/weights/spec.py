@@ -42,23 +42,27 @@ def constant(value: float) -> Initializer:
 class ArraySpec:
     """An array that is declared, not held. `axes` names each dimension's logical axis (None: never sharded).
 
-    `init` draws its first value, or is that value where it was read from somewhere.
+    `init` draws its first value, or is that value where it was read from somewhere. `pieces`: what each dimension consists of
+    where its elements belong together (heads are not cut); None: single elements.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Initializer | np.ndarray = constant(0.0)
     dtype: str = "float32"
+    pieces: tuple[int, ...] | None = None
 
     def stacked(self, layers: int) -> "ArraySpec":
         """The same array for each of `layers` layers, under a leading `layers` axis."""
-        return replace(self, shape=(layers, *self.shape), axes=("layers", *self.axes))
+        pieces = None if self.pieces is None else (layers, *self.pieces)
+        return replace(self, shape=(layers, *self.shape), axes=("layers", *self.axes), pieces=pieces)
 
 
 def shardings(specs: Any, mesh: Mesh, strategy: Strategy) -> Any:
     """The NamedSharding of every declared array; raises ShardingError naming the first that does not divide."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, spec: sharding_for(spec.shape, spec.axes, mesh, strategy, name=path_name(path)), specs
+        lambda path, spec: sharding_for(spec.pieces or spec.shape, spec.axes, mesh, strategy, name=path_name(path)),
+        specs,
     )
 
 

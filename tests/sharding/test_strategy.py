@@ -4,8 +4,13 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from llmtune.config import Sharding
+from llmtune.models.config import ModelConfig
+from llmtune.models.decoder import declare
 from llmtune.sharding import ShardingError, Strategy, default_mesh, load_strategy, make_mesh, sharding_for
 from llmtune.shipped import configs_directory
+from llmtune.training.weights import choose_layout
+from llmtune.weights import shardings
 
 
 def test_spec_follows_the_table():
@@ -50,3 +55,15 @@ def test_default_mesh_takes_the_largest_tensor_axis_that_fits():
     strategy = Strategy("tensor", {"mlp": ("tensor",), "batch": ("fsdp",)})
     mesh = default_mesh(strategy, lambda mesh: 12 % mesh.shape["tensor"] == 0, jax.devices())
     assert dict(mesh.shape) == {"fsdp": 2, "tensor": 4}
+
+
+def test_heads_are_not_cut():
+    """Four key-value heads of 16 are 64 columns, which eight devices would divide; the mesh leaves heads whole."""
+    config = ModelConfig("LlamaForCausalLM", 64, 64, 64, 1, 8, 4, 16)
+    _, declared = declare(config)
+    tensor = load_strategy("tensor", configs_directory() / "strategies")
+    with pytest.raises(
+        ShardingError, match=r"layers/0/attention/k/kernel: axis 'kv_heads' of size 4 cannot be split 8 ways"
+    ):
+        shardings(declared, make_mesh({"fsdp": 1, "tensor": 8}), tensor)
+    assert choose_layout(Sharding("tensor"), declared)[0].shape["tensor"] == 4

@@ -63,9 +63,11 @@ def attend_to_cache(segment_ids: jax.Array, index: jax.Array) -> Attend:
             jax.lax.dynamic_index_in_dim(buffers[layer.slot], layer.index, axis=0, keepdims=False)
             for buffers in (cache.k, cache.v)
         )
+        ring = held < segment_ids.shape[1]  # then all that it holds lies in the window
+        seen = _held_segments(segment_ids, index, held) if ring else segment_ids
         out = attention(
             q, keys, values,
-            mask=Mask(causal=False), q_segments=here, kv_segments=_held_segments(segment_ids, index, held),
+            mask=Mask(causal=not ring), q_segments=here, kv_segments=seen, q_offset=0 if ring else index,
             scale=q.shape[-1] ** -0.5,
         )  # fmt: skip
         return out, cache

@@ -90,7 +90,9 @@ class MoE(nnx.Module):
         rows = self.experts(rows, sizes)
         rows = placed_by_compiler(_take_own_rows, *ROWS, "act_embed")(rows, place).astype(jnp.float32)
         results = _reshape(rows, (len(rows), batch, seq, k, width), "expert", "batch", "seq", None, "act_embed")
-        return (results * weights[..., None]).sum(axis=3).sum(axis=0).astype(x.dtype)  # a row is zero in all parts but one
+        return (
+            (results * weights[..., None]).sum(axis=3).sum(axis=0).astype(x.dtype)
+        )  # a row is zero in all parts but one
 
     def sorted_by_expert(self, picks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """For each part of the experts: the picks in order of expert, its own first; where each went; rows per own expert.

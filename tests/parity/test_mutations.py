@@ -38,7 +38,7 @@ FAULTS = {
         "first, second = x.astype(jnp.float32)[..., ::2], x.astype(jnp.float32)[..., 1::2]", logits("gqa untied"),
     ),
     "gate and up exchanged": Fault(
-        "llmtune/models/mlp.py", "jax.nn.silu(self.gate(x)) * self.up(x)", "jax.nn.silu(self.up(x)) * self.gate(x)",
+        "llmtune/models/mlp.py", "jax.nn.silu(gate) * up", "jax.nn.silu(up) * gate",
         logits("gqa untied"),
     ),
     "gate and up of experts exchanged": Fault(

@@ -88,7 +88,7 @@ class Train:
 class Sharding:
     """How weights and rows are spread over devices."""
 
-    strategy: str = key("a table of configs/strategies (fsdp, tensor), or the path of one", "fsdp")
+    strategy: str = key("a table of configs/strategies (fsdp, tensor, expert), or the path of one", "fsdp")
     mesh: dict[str, int] = key("size of each mesh axis; -1: what the others leave over; empty: chosen to fit", {})
 
 

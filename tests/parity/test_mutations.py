@@ -164,5 +164,7 @@ def test_a_fault_is_noticed(copy, name):
         done = run_tests(copy, [fault.test])
     finally:
         file.write_text(sound)
-    noticed = "1 failed" in done.stdout or "1 error" in done.stdout  # an error where the model is already refused on loading
+    noticed = (
+        "1 failed" in done.stdout or "1 error" in done.stdout
+    )  # an error where the model is already refused on loading
     assert done.returncode == 1 and noticed, f"{name}: not noticed\n{done.stdout[-2000:]}"

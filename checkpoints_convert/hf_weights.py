@@ -13,7 +13,8 @@ import numpy as np
 
 from checkpoints_convert.hf_config import model_config_to_hf
 from checkpoints_convert.hf_names import Tensor, tensors
-from checkpoints_convert.safetensors_reader import WeightDirectory, open_directory
+from checkpoints_convert.placing import place
+from checkpoints_convert.safetensors_reader import Described, Weights, open_directory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
@@ -21,6 +22,7 @@ from llmtune.weights import path_name
 
 STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
+PIECE = 4 * 1024 * 1024  # bytes cast at a time
 COMPANIONS = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|generation_config\.json|chat_template.*"
     r"|tekken\.json|.*\.model|.*\.model\.v\d+.*|LICENSE.*|NOTICE.*|USE_POLICY.*",
@@ -32,7 +34,7 @@ Fetch = Callable[
 ]  # (our path, layer of a stacked weight) -> the matrix [in, out], on the host
 
 
-def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
+def check_tensors(weights: Weights, config: ModelConfig) -> None:
     """Names and shapes, both ways. Tolerated: a tied head stored again with the same bytes, and old rotary buffers."""
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
     present = {name: info.shape for name, info in weights.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -58,23 +60,21 @@ def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
             raise LlmtuneFormatError(
                 f"{info.file}: {name} is stored as {info.dtype}; convert it to one of {', '.join(map(str, STORED))}"
             )
+    _check_halves([weights.tensors[name] for name in expected])
 
 
 def load_params(
-    directory: Path, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
+    weights: Weights, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
 ) -> Any:
-    """The parameter tree laid out as `layouts` (a Sharding per weight); each device's part is read from disk by itself."""
-    weights = open_directory(directory)
+    """The parameter tree laid out as `layouts` (a NamedSharding per weight); each device's part is read from disk by itself."""
     check_tensors(weights, config)
     by_path: dict[str, list[Tensor]] = {}
     for tensor in tensors(config):
         by_path.setdefault(tensor.path, []).append(tensor)
 
-    def load(path: tuple[Any, ...], layout: jax.sharding.Sharding) -> jax.Array:
-        array = _load_weight(weights, by_path[path_name(path)], layout, dtype)
-        jax.block_until_ready(array)  # or the host's copies of several weights wait for the transfer at once
-        progress(sum(weights.tensors[t.name].end - weights.tensors[t.name].start for t in by_path[path_name(path)]))
-        return array
+    def load(path: tuple[Any, ...], layout: jax.sharding.NamedSharding) -> jax.Array:
+        parts = by_path[path_name(path)]
+        return place(weights, parts, layout, _dtype(weights, parts, dtype), progress)
 
     return jax.tree_util.tree_map_with_path(load, layouts)
 
@@ -128,51 +128,32 @@ def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str |
     return result
 
 
-def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Transposed and cast a run of rows at a time, so that no second copy of the whole is made."""
     array = fetch(tensor.path, tensor.layer)
-    return np.ascontiguousarray(array.T if tensor.transposed else array).astype(dtype, copy=False)
+    theirs = array.T if tensor.transposed else array
+    rows = max(1, PIECE // max(1, theirs[:1].nbytes))
+    for first in range(0, theirs.shape[0], rows):
+        yield np.ascontiguousarray(theirs[first : first + rows]).astype(dtype, copy=False)
 
 
-def _load_weight(
-    weights: WeightDirectory, parts: list[Tensor], layout: jax.sharding.Sharding, dtype: str | None
-) -> jax.Array:
-    stacked = parts[0].layer is not None
-    shape = parts[0].shape[::-1] if parts[0].transposed else parts[0].shape
+def _dtype(weights: Weights, parts: list[Tensor], dtype: str | None) -> np.dtype:
+    """As asked for; or as stored, float32 where the layers of a weight are stored differently."""
     stored = {weights.tensors[tensor.name].dtype for tensor in parts}
-    kind = np.dtype(dtype) if dtype else (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
-    full = (len(parts), *shape) if stacked else shape
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        chosen, inner = (parts[index[0]], index[1:]) if stacked else (parts, index)
-        pieces = (_read_part(weights, tensor, inner, kind) for tensor in chosen)
-        return _stack(pieces, len(chosen), kind) if stacked else next(pieces)
-
-    cache: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
-
-    def read_once(index: Any) -> np.ndarray:
-        key = tuple(part.indices(size) for part, size in zip(index, full, strict=True))
-        if key not in cache:
-            cache[key] = read(index)
-        return cache[key]
-
-    return jax.make_array_from_callback(full, layout, read_once)
+    return np.dtype(dtype) if dtype else (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
 
 
-def _read_part(weights: WeightDirectory, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    array = weights.read_slice(tensor.name, index[::-1] if tensor.transposed else index)
-    return (array.T if tensor.transposed else array).astype(dtype, copy=False)
+def _check_halves(infos: list[Described]) -> None:
+    """Float16 and bfloat16 are never mixed by anyone: one tensor of the other kind is bytes taken for what they are not."""
+    kinds = [[info for info in infos if info.dtype == kind] for kind in STORED[1:]]
+    if all(kinds):
+        odd = min(kinds, key=len)[0]
+        raise LlmtuneFormatError(
+            f"{odd.file}: {odd.name} is stored as {odd.dtype} among tensors of the other 16-bit kind"
+        )
 
 
-def _stack(pieces: Iterator[np.ndarray], count: int, dtype: np.dtype) -> np.ndarray:
-    first = next(pieces)
-    out = np.empty((count, *first.shape), dtype)
-    out[0] = first
-    for k, piece in enumerate(pieces, 1):
-        out[k] = piece
-    return out
-
-
-def _check_tied_head(weights: WeightDirectory) -> None:
+def _check_tied_head(weights: Weights) -> None:
     head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype:
         raise LlmtuneFormatError(

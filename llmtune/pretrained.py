@@ -21,7 +21,7 @@ import yaml
 from jax.sharding import Mesh
 
 from checkpoints_convert import hf_config, hf_weights, peft
-from checkpoints_convert.safetensors_reader import open_directory, read_json
+from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
@@ -40,6 +40,7 @@ class Source:
     config: ModelConfig
     hf_config: dict[str, Any]
     directory: Path | None
+    opened: Weights | None = None  # the directory's weights, where they are open already or not in Hugging Face's layout
 
     @property
     def weight_bytes(self) -> int:
@@ -75,7 +76,8 @@ def load(
         params = materialize(declared, jax.random.key(seed), mesh, strategy)
         return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
     layouts = shardings(declared, mesh, strategy)
-    return hf_weights.load_params(source.directory, source.config, layouts, dtype=dtype, progress=progress)
+    weights = source.opened or open_directory(source.directory)
+    return hf_weights.load_params(weights, source.config, layouts, dtype=dtype, progress=progress)
 
 
 def save(

@@ -5,8 +5,10 @@ Every tensor passes through once: read in pieces, put into the other's order, wr
 opened again before it takes its name, taken back into the layout of the source, and every tensor's digest is compared.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,7 +176,17 @@ def _share(view: View, rank: int, ranks: int) -> View:
 
 
 def _entry(name: str, view: View) -> Entry:
-    return Entry(name, view.dtype, view.shape, view.pieces)
+    return Entry(name, view.dtype, view.shape, functools.partial(_ahead, view), view.lies_in)
+
+
+def _ahead(view: View) -> Iterator[np.ndarray]:
+    """The pieces, each read while the one before is written."""
+    pieces = view.pieces()
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, pieces, None)
+        while (piece := following.result()) is not None:
+            following = reader.submit(next, pieces, None)
+            yield piece
 
 
 def _size(entries: list[Entry]) -> int:

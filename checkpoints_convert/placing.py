@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from checkpoints_convert.hf_names import Tensor
 from checkpoints_convert.safetensors_reader import Slices, Weights
 
-PIECE = 16 * 1024 * 1024  # bytes on the host at a time
+PIECE = 8 * 1024 * 1024  # bytes on the host at a time
 Bounds = tuple[tuple[int, int], ...]
 Progress = Callable[[int], None]
 

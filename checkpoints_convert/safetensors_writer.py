@@ -34,6 +34,7 @@ class Entry:
     dtype: np.dtype
     shape: tuple[int, ...]
     produce: Callable[[], np.ndarray | Iterator[np.ndarray]]
+    lies_in: tuple[Path, int] | None = None  # where the very same bytes lie already: (file, offset)
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +126,30 @@ def write_file(
     with replacing(path) as file:
         file.write(header)
         for entry in entries:
-            for chunk in entry.chunks():
-                file.write(chunk)
-                progress(len(chunk))
+            if entry.lies_in is None or not _copied(file, *entry.lies_in, entry.nbytes, progress):
+                for chunk in entry.chunks():
+                    file.write(chunk)
+                    progress(len(chunk))
+
+
+def _copied(file: Any, source: Path, offset: int, size: int, progress: Callable[[int], None]) -> bool:
+    """Whether the kernel copied the bytes from file to file, which spares reading them; where it cannot, nothing was written."""
+    file.flush()
+    done = 0
+    with source.open("rb", buffering=0) as other:
+        while done < size:
+            try:
+                moved = os.copy_file_range(other.fileno(), file.fileno(), min(PIECE, size - done), offset + done)
+            except (AttributeError, OSError):  # not Linux, or not between these disks
+                if done:
+                    raise
+                return False
+            if not moved:
+                raise LlmtuneError(f"{source}: it ended while it was copied; did it change meanwhile?")
+            done += moved
+            progress(moved)
+    file.seek(0, os.SEEK_END)
+    return True
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from checkpoints_convert.safetensors_reader import Slices, WeightDirectory
 from llmtune.errors import LlmtuneFormatError
 
-PIECE = 16 * 1024 * 1024  # bytes of a tensor that are held at a time
+PIECE = 4 * 1024 * 1024  # bytes of a tensor that are held at a time
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class View(ABC):
         """Rows that are read together anyway."""
         return 1
 
+    @property
+    def lies_in(self) -> tuple[Path, int] | None:
+        """(file, offset) where its bytes lie in one run, as they are; None where they do not."""
+        return None
+
 
 @final
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class Stored(View):
 
     weights: WeightDirectory
     key: str
+
+    @property
+    def lies_in(self) -> tuple[Path, int] | None:
+        """Its own place."""
+        return self.file, self.weights.tensors[self.key].start
 
     def read(self, index: Slices) -> np.ndarray:
         """From disk, these bytes only."""

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
@@ -83,7 +83,52 @@ def _parser() -> argparse.ArgumentParser:
         "--strategy", default=None, metavar="NAME", help="sharding over all devices, e.g. fsdp, tensor"
     )
     generate.set_defaults(run=_generate)
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="between Hugging Face's, Meta's and Mistral's checkpoint layouts, or into shards of another size",
+        description="Convert a checkpoint directory, bit for bit and in bounded memory. DST appears complete or not at all.",
+    )
+    convert.add_argument("source", metavar="SRC", help="a directory in Hugging Face's, Meta's or Mistral's layout")
+    convert.add_argument("target", metavar="DST", help="a directory that does not exist yet, or is empty")
+    layouts = ("hf", "meta", "mistral")
+    convert.add_argument("--to", choices=layouts, default="hf", help="the layout of DST; default hf")
+    convert.add_argument(
+        "--from",
+        choices=layouts,
+        default=None,
+        dest="layout",
+        help="the layout of SRC; default: found out",
+    )
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of safetensors files; default 5GB")
+    convert.add_argument(
+        "--files",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --to meta: tensor-parallel files; default 1",
+    )
+    convert.add_argument("--dtype", default=None, metavar="D", help="float32, bfloat16 or float16; default: as stored")
+    convert.add_argument(
+        "--rope-scaling-factor", type=float, default=None, metavar="F",
+        help="what Meta's params.json leaves out: 8 for Llama 3.1 and 3.3, 32 for Llama 3.2",
+    )  # fmt: skip
+    convert.add_argument(
+        "--like",
+        default=None,
+        metavar="MODEL",
+        help="a preset or Hugging Face directory: SRC must agree with its config.json, and gets it",
+    )
+    convert.add_argument(
+        "--verify",
+        action="store_true",
+        help="read DST back and compare every tensor's digest, and logits, before it appears",
+    )
+    convert.set_defaults(run=_convert, interrupted="; nothing was kept")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,6 +182,41 @@ def _generate(options: argparse.Namespace) -> int:
     )
     for prompt, completion in zip(options.prompt, completions, strict=True):
         print(f"{prompt}{completion}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from llmtune.conversion import convert
+    from llmtune.training.display import Display
+
+    with Display() as display:
+        done = [0]
+
+        def begin(name: str, total: int) -> None:
+            done[0] = 0
+            display.phase(f"{name}, MB", max(1, total // 10**6))
+
+        def progress(count: int) -> None:
+            before, done[0] = done[0], done[0] + count
+            if done[0] // 10**6 > before // 10**6:
+                display.advance(done[0] // 10**6 - before // 10**6)
+
+        lines = convert(
+            options.source,
+            options.target,
+            to=options.to,
+            source_layout=options.layout,
+            max_shard_size=options.max_shard_size,
+            files=options.files,
+            dtype=options.dtype,
+            rope_scaling_factor=options.rope_scaling_factor,
+            like=options.like,
+            verify=options.verify,
+            begin=begin,
+            progress=progress,
+        )
+        for line in lines:
+            display.note(line)
     return 0
 
 

@@ -8,8 +8,10 @@ names and file formats.
     save(path, params, source)                        a Hugging Face directory, merged
     load_adapter(path, config)                        a transform that adds a PEFT adapter
     save_adapter(path, params, source)                a PEFT directory
+    convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from checkpoints_convert import hf_config, hf_weights, peft
+from checkpoints_convert import convert as conversion
+from checkpoints_convert import hf_config, hf_weights, layouts, peft
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
@@ -40,7 +43,17 @@ class Source:
     config: ModelConfig
     hf_config: dict[str, Any]
     directory: Path | None
-    opened: Weights | None = None  # the directory's weights, where they are open already or not in Hugging Face's layout
+    opened: Weights | None = (
+        None  # the directory's weights, where they are open already or not in Hugging Face's layout
+    )
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the weights on disk; 0 for a preset."""
+        if self.directory is None:
+            return 0
+        tensors = (self.opened or open_directory(self.directory)).tensors.values()
+        return sum(math.prod(tensor.shape) for tensor in tensors)
 
     @property
     def weight_bytes(self) -> int:
@@ -136,3 +149,52 @@ def save_adapter(path: Path, params: Any, source: Source) -> None:
     base = source.name if source.directory is None else str(source.directory.absolute())
     rslora = any(weight.rslora for weight in adapters.values())
     peft.write_adapter(path, factors, source.config, base=base, rslora=rslora)
+
+
+LAYOUTS = layouts.LAYOUTS
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made; `digest` is that of all tensors where they were compared."""
+
+    source_layout: str
+    tensors: int
+    nbytes: int
+    digest: str | None
+    notes: tuple[str, ...]
+
+
+def conversion_plan(
+    *, to: str, source_layout: str | None, max_shard_bytes: int, files: int, dtype: str | None,
+    rope_factor: float | None, like: str | None,
+) -> conversion.Plan:  # fmt: skip
+    """`like`: a Hugging Face directory, a config.json or a preset whose configuration the source must agree with."""
+    if like is None:
+        config = None
+    elif (path := resolve(like)).is_file():
+        config = read_json(path)
+    else:
+        config = open_source(like).hf_config
+    hints = layouts.Hints(rope_factor, config)
+    return conversion.Plan(to, source_layout, hints, max_shard_bytes, files, dtype)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    plan: conversion.Plan,
+    *,
+    verify: Callable[[Source, Source], None] | None = None,
+    begin: Callable[[str, int], None] = lambda name, total: None,
+    progress: Progress = lambda done: None,
+) -> Converted:
+    """Write `target` as `plan` says, complete or not at all; see `checkpoints_convert.convert`."""
+    check = None if verify is None else lambda one, other: verify(_opened(one), _opened(other))
+    report = conversion.convert(source, target, plan, verify=check, begin=begin, progress=progress)
+    own = report.source
+    return Converted(own.layout, report.tensors, report.nbytes, report.digest, own.notes)
+
+
+def _opened(own: layouts.Opened) -> Source:
+    return Source(str(own.path), own.config, own.hf, own.path, own.weights)

@@ -37,7 +37,10 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> KVC
     def buffers(*order: int) -> tuple[jax.Array, ...]:
         shapes = []
         for slot in range(slots):
-            layers, held = len(range(slot, config.num_hidden_layers, slots)), min(length, config.windows[slot] or length)
+            layers, held = (
+                len(range(slot, config.num_hidden_layers, slots)),
+                min(length, config.windows[slot] or length),
+            )
             inner = (config.head_dim, held)
             shapes.append((layers, batch, config.num_key_value_heads, inner[order[0]], inner[order[1]]))
         return tuple(jnp.zeros(shape, dtype, out_sharding=layout) for shape in shapes)
@@ -63,7 +66,8 @@ def attend_to_cache(segment_ids: jax.Array, index: jax.Array) -> Attend:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: KVCache) -> tuple[jax.Array, KVCache]:
         held = _held(cache, layer)
-        cache = _write(cache, k, v, layer, index % held)
+        # The barrier keeps XLA from fusing the write into both of its uses, which would copy the whole cache for each.
+        cache = jax.lax.optimization_barrier(_write(cache, k, v, layer, index % held))
         keys, values = (
             jax.lax.dynamic_index_in_dim(buffers[layer.slot], layer.index, axis=0, keepdims=False)
             for buffers in (cache.k, cache.v)

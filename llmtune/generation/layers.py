@@ -20,7 +20,9 @@ from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 
 Bind = Callable[[Any], LanguageModel]
-Arrange = Callable[[Any, KVCache], tuple[Any, KVCache]]  # (params, cache) as prefill leaves them -> as decoding reads them
+Arrange = Callable[
+    [Any, KVCache], tuple[Any, KVCache]
+]  # (params, cache) as prefill leaves them -> as decoding reads them
 
 
 def arrangement(mesh: Mesh) -> Callable[[Bind, ModelConfig], tuple[Bind, Arrange]]:

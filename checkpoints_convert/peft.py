@@ -74,12 +74,12 @@ class Adapter:
     whole: Mapping[str, np.ndarray]
 
 
-def read_vocabulary_size(directory: Path) -> int | None:
-    """The vocabulary to which a base must be resized before it takes this adapter; None where it does not say."""
+def read_vocabulary_size(directory: Path, config: ModelConfig) -> int | None:
+    """The vocabulary to which such a base must be resized before it takes this adapter; None where it does not say."""
     path = directory / WEIGHTS
     if not path.is_file():
         return None  # `read_adapter` says what is missing
-    return peft_whole.vocabulary_size(WeightDirectory(directory, read_header(path)))
+    return peft_whole.vocabulary_size(WeightDirectory(directory, read_header(path)), config)
 
 
 def read_adapter(directory: Path, config: ModelConfig) -> Adapter:

@@ -3,7 +3,8 @@
     base_model.model.model.embed_tokens.weight  [vocab, hidden]   ->  embed/table, in place of the base's
     base_model.model.lm_head.weight             [vocab, hidden]   ->  head/kernel = its transpose
 
-An embedding may be larger or smaller than the base's: then the base was resized before it was adapted.
+An embedding may be larger or smaller than the base's: then the base was resized before it was adapted. There peft writes
+each end three times: so, as `lm_head.modules_to_save.weight`, and as it was before (`lm_head.original_module.weight`).
 """
 
 import re
@@ -19,7 +20,10 @@ from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-KEY = re.compile(r"base_model\.model\.(?P<module>model\..+?|lm_head)(\.modules_to_save(\.\w+)?|\.base_layer)?\.weight")
+KEY = re.compile(
+    r"base_model\.model\.(?P<module>model\..+?|lm_head)"
+    r"(\.modules_to_save(\.\w+)?|\.base_layer|(?P<before>\.original_module))?\.weight"
+)
 Fetch = Callable[[str, int | None], np.ndarray]  # (our path, layer) -> the weight as we hold it, on the host
 
 
@@ -29,12 +33,17 @@ def whole_name(key: str) -> str | None:
     return None if match is None or ".lora_" in key else f"{match['module']}.weight"
 
 
-def vocabulary_size(weights: WeightDirectory) -> int | None:
+def vocabulary_size(weights: WeightDirectory, config: ModelConfig) -> int | None:
     """Rows of the embedding or head that the directory brings; None where it brings neither."""
-    names = {whole_name(key): info for key, info in weights.tensors.items()}
-    sizes = {names[name].shape[0] for name in (EMBEDDING, HEAD) if name in names and names[name].shape}
+    found = {name: weights.tensors[key].shape for name, key in _named(weights).items() if name in (EMBEDDING, HEAD)}
+    sizes = {shape[0] if shape else 0 for shape in found.values()}
     if len(sizes) > 1:
         raise LlmtuneFormatError(f"{weights.path}: its embedding and its head differ in size ({sorted(sizes)})")
+    if len(found) == 1 and sizes != {config.vocab_size} and not config.tie_word_embeddings:
+        raise LlmtuneFormatError(
+            f"{weights.path}: it brings {next(iter(found))} of {sizes.pop()} rows for a base of {config.vocab_size}, and not "
+            "its other end, which must be resized with it; the adapter was made for another base model, or is incomplete"
+        )
     return sizes.pop() if sizes else None
 
 
@@ -87,13 +96,15 @@ def module_names(paths: Sequence[str]) -> list[str]:
 
 
 def _named(weights: WeightDirectory) -> dict[str, str]:
+    """{Hugging Face name: key}. The same weight under two keys must be the same."""
     found: dict[str, str] = {}
     for key in weights.tensors:
-        name = whole_name(key)
-        if name in found:
-            raise LlmtuneFormatError(f"{weights.path}: {found[name]} and {key} are the same weight")
-        if name is not None:
-            found[name] = key
+        name, match = whole_name(key), KEY.fullmatch(key)
+        if name is None or match is None or match["before"]:
+            continue
+        if name in found and not np.array_equal(weights.read(found[name]), weights.read(key)):
+            raise LlmtuneFormatError(f"{weights.path}: {found[name]} and {key} are one weight, and differ")
+        found.setdefault(name, key)
     return found
 
 

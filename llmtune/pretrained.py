@@ -189,7 +189,7 @@ class LoadedAdapter:
 def fit_to_adapter(source: Source, path: str | Path) -> Source:
     """The base as the adapter found it: with the vocabulary that it was resized to, and the tokenizer that came with that."""
     path = Path(path)
-    size = peft.read_vocabulary_size(path)
+    size = peft.read_vocabulary_size(path, source.config)
     if size is None:
         return source
     if size != source.config.vocab_size:

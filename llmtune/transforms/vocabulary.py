@@ -37,7 +37,7 @@ def resize_vocabulary(*, tokens: int, size: int) -> Transform:
 
     def init(declared: Params) -> dict[str, ArraySpec]:
         weights = weights_by_path(declared)
-        return {path: _noise(weights[path], tokens, size) for path in AXES if path in weights and size > tokens}
+        return {path: _noise(path, weights[path], size - tokens) for path in AXES if path in weights and size > tokens}
 
     def apply(params: Params, noise: Mapping[str, Any]) -> Params:
         def resize(path: tuple[Any, ...], weight: Any) -> Any:
@@ -45,7 +45,7 @@ def resize_vocabulary(*, tokens: int, size: int) -> Transform:
             if name not in AXES:
                 return weight
             if isinstance(weight, ArraySpec):
-                return replace(weight, shape=_with_vocabulary(weight, size))
+                return replace(weight, shape=_shape(name, weight, size))
             given = (weight, noise[name]) if name in noise else (weight,)
             grow = functools.partial(_resize, axis=AXES[name].index("vocab"), tokens=tokens)
             return placed_by_compiler(grow, *AXES[name])(*given)
@@ -64,13 +64,13 @@ def without_vocabulary_axis(declared: Params) -> Params:
     return jax.tree.map(change, declared)
 
 
-def _noise(weight: ArraySpec, tokens: int, size: int) -> ArraySpec:
-    axes = tuple(None if axis == "vocab" else axis for axis in weight.axes)
-    return ArraySpec(_with_vocabulary(weight, size - tokens), axes, init=normal(1.0))
+def _noise(path: str, weight: ArraySpec, rows: int) -> ArraySpec:
+    axes = tuple(None if axis == "vocab" else axis for axis in AXES[path])
+    return ArraySpec(_shape(path, weight, rows), axes, init=normal(1.0))
 
 
-def _with_vocabulary(weight: ArraySpec, size: int) -> tuple[int, ...]:
-    return tuple(size if axis == "vocab" else n for n, axis in zip(weight.shape, weight.axes, strict=True))
+def _shape(path: str, weight: ArraySpec, size: int) -> tuple[int, ...]:
+    return tuple(size if axis == "vocab" else n for n, axis in zip(weight.shape, AXES[path], strict=True))
 
 
 def _resize(weight: jax.Array, noise: jax.Array | None = None, *, axis: int, tokens: int) -> jax.Array:

@@ -1,5 +1,7 @@
 """A vocabulary of another size: what stays, what is drawn, and that declarations and arrays are mapped alike."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,21 +9,28 @@ import pytest
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
-from llmtune.sharding import REPLICATED, Strategy, make_mesh
+from llmtune.sharding import REPLICATED, Strategy, make_mesh, put
 from llmtune.transforms import resize_vocabulary, weights_by_path, without_vocabulary_axis
-from llmtune.weights import materialize
+from llmtune.weights import materialize, shardings
 
 CONFIG = ModelConfig("LlamaForCausalLM", 60, 32, 48, 3, 4, 2, 8)
 TENSOR = Strategy("tensor", {"embed": ("fsdp",), "vocab": ("tensor",)}, ("fsdp",))
 
 
-def grow(size, tokens=60, mesh=None, strategy=REPLICATED, dtype="float32"):
-    """(before, after) of a random model on a mesh."""
-    mesh = mesh or make_mesh({}, jax.devices()[:1])
-    declared = without_vocabulary_axis(declare(CONFIG)[1])
+def ends(declared):
+    """The parts of a model that have a vocabulary, and one that has none."""
+    return {name: declared[name] for name in ("embed", "head", "norm")}
+
+
+@functools.cache
+def grow(size, tokens=60, axes=None, strategy=REPLICATED, dtype="float32"):
+    """(before, after) of a random model on one device, or on eight with mesh axes of these sizes."""
+    mesh = make_mesh(dict(axes)) if axes else make_mesh({}, jax.devices()[:1])
+    declared = without_vocabulary_axis(ends(declare(CONFIG)[1]))
+    draw = np.random.default_rng(0)
     with jax.set_mesh(mesh):
-        before = materialize(declared, jax.random.key(0), mesh, strategy)
-        before = jax.tree.map(lambda x: x.astype(dtype), before)
+        values = jax.tree.map(lambda spec: draw.normal(size=spec.shape).astype(dtype), declared)
+        before = jax.tree.map(put, values, shardings(declared, mesh, strategy))
         transform = resize_vocabulary(tokens=tokens, size=size)
         noise = materialize(transform.init(declared), jax.random.key(1), mesh, strategy)
 
@@ -53,13 +62,13 @@ def test_rows_without_a_token_are_drawn_anew_and_a_table_can_be_cut():
     before, after = grow(60, tokens=50)
     old, new = np.asarray(before["embed/table"]), np.asarray(after["embed/table"])
     assert new.shape == old.shape and np.array_equal(new[:50], old[:50])
-    assert np.abs(new[50:] - old[:50].mean(0)).max() < 1e-3
+    assert np.abs(new[50:] - old[:50].mean(0)).max() < 2e-2  # the noise of unit rows
     _, cut = grow(50, tokens=50)
     assert np.array_equal(cut["head/kernel"], np.asarray(before["head/kernel"])[:, :50])
 
 
 def test_declarations_are_mapped_as_arrays_are():
-    declared = declare(CONFIG)[1]
+    declared = ends(declare(CONFIG)[1])
     transform = resize_vocabulary(tokens=60, size=72)
     grown = weights_by_path(transform.apply(declared, transform.init(declared)))
     _, after = grow(72)
@@ -68,9 +77,10 @@ def test_declarations_are_mapped_as_arrays_are():
 
 
 def test_eight_devices_hold_what_one_does():
-    mesh = make_mesh({"fsdp": 2, "tensor": 4})
     _, one = grow(72)
-    _, eight = grow(72, mesh=mesh, strategy=TENSOR)  # 60 rows into 72, neither of them a multiple of eight
+    _, eight = grow(
+        72, axes=(("fsdp", 2), ("tensor", 4)), strategy=TENSOR
+    )  # 60 rows into 72, neither of them a multiple of eight
     for path in ("embed/table", "head/kernel"):
         np.testing.assert_allclose(eight[path], one[path], rtol=1e-6, atol=1e-8)
         assert len({str(shard.index) for shard in eight[path].addressable_shards}) == 8

@@ -113,8 +113,8 @@ def load(
     if source.directory is None:
         params = materialize(declared, jax.random.key(seed), mesh, strategy)
         return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
+    layouts = shardings(declared, mesh, strategy)
     if source.resize is None:
-        layouts = shardings(declared, mesh, strategy)
         return hf_weights.load_params(source.directory, source.config, layouts, dtype=dtype, progress=progress)
     stored = replace(source.config, vocab_size=source.resize.stored)
     back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})

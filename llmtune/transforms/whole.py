@@ -57,11 +57,15 @@ def select_whole(declared: Params, rules: Sequence[str]) -> tuple[str, ...]:
 def train_whole(paths: Sequence[str]) -> Transform:
     """Float32 masters of these weights. One that carries an adapter already is an error."""
 
+    def init(declared: Params) -> dict[str, Any]:
+        apply(declared, {})  # refuses before anything is read
+        return {}
+
     def apply(params: Params, additions: Any) -> Params:
         del additions
         return _at(params, dict.fromkeys(paths, _as_master))
 
-    return Transform(lambda declared: {}, apply)
+    return Transform(init, apply)
 
 
 def given_whole(values: Mapping[str, np.ndarray]) -> Transform:

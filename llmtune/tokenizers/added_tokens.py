@@ -19,6 +19,7 @@ from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.tokenizers.settings import read_object
 
 WORDS, CONTROLS = "data.add_tokens", "data.add_special_tokens"
+AS_IT_IS = "PreTrainedTokenizerFast"
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,25 @@ def add_tokens(reader: tokenizers.Tokenizer, added: AddedTokens) -> None:
 
 
 def write_added_tokens(directory: Path, added: AddedTokens) -> None:
-    """Bring the tokenizer files of a directory up to date: tokenizer.json, and where they list tokens its neighbours."""
+    """Bring the tokenizer files of a directory up to date: tokenizer.json, and where they list tokens its neighbours.
+
+    tokenizer_config.json then asks for the class that takes tokenizer.json as it is: LlamaTokenizer of transformers 5 rebuilds
+    the treatment of spaces, and gives other ids to the text behind an added token than the run trained on.
+    """
     path = directory / "tokenizer.json"
     reader = tokenizers.Tokenizer.from_file(str(path))
     add_tokens(reader, added)
     reader.save(str(path), pretty=True)
     ids = {token.content: reader.token_to_id(token.content) for _, token in added.entries()}
     own = read_object(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" in own:
-        own["added_tokens_decoder"] |= {str(ids[t.content]): _described(t) for _, t in added.entries()}
+    if own:
+        listed = {str(ids[token.content]): _described(token) for _, token in added.entries()}
+        own["tokenizer_class"] = AS_IT_IS
+        own["added_tokens_decoder"] = {**own.get("added_tokens_decoder", {}), **listed}
         _write(directory / "tokenizer_config.json", own)
-    listed = directory / "added_tokens.json"
-    if (
-        listed.is_file() or (directory / "tokenizer.model").is_file()
-    ):  # what converters read beside a sentencepiece model
-        _write(listed, read_object(listed) | ids)
+    beside = directory / "added_tokens.json"
+    if beside.is_file() or (directory / "tokenizer.model").is_file():  # converters read it beside a sentencepiece model
+        _write(beside, read_object(beside) | ids)
 
 
 def _described(token: tokenizers.AddedToken) -> dict[str, Any]:

@@ -27,6 +27,9 @@ SAVED = {  # base, rows of its vocabulary when it was adapted, what peft is told
 }
 
 
+NIGHTLY = ("a cut vocabulary", "tied, by the head's name", "the last norm and a matrix")
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bases")
@@ -63,7 +66,10 @@ def peft_logits(base, rows, adapter):
     return logits(PeftModel.from_pretrained(resized(base, rows), adapter))
 
 
-@pytest.mark.parametrize("name", list(SAVED))
+GRID = [pytest.param(name, marks=[pytest.mark.nightly] if name in NIGHTLY else []) for name in SAVED]
+
+
+@pytest.mark.parametrize("name", GRID)
 def test_in_and_out_again(bases, tmp_path, name):
     kind, rows, settings = SAVED[name]
     base = bases[kind]

@@ -37,7 +37,7 @@ def run(directory, model, rows, name="run", data=None, **sections):
     return run_config(directory, model, rows, name=name, **{**defaults, **sections})
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.nightly), "tensor"])
 def test_eight_devices_train_like_one_and_a_run_moves_between_them(stories, rows, tmp_path, strategy):
     whole = curve(run(tmp_path, stories, rows, "one"))
     mesh = {"mesh": {"fsdp": 2, "tensor": 4}} if strategy == "tensor" else {}

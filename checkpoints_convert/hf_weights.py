@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from llmtune.weights import path_name
 
 STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|generation_config\.json|chat_template.*"
-    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*|LICENSE.*|NOTICE.*|USE_POLICY.*",
+TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template.*"
+    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*",
     re.IGNORECASE,
 )
+COMPANIONS = re.compile(rf"{TOKENIZER.pattern}|generation_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
+VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.model|.*\.model\.v\d+.*", re.IGNORECASE)
 Progress = Callable[[int], None]
 Fetch = Callable[
     [str, tuple[int, ...]], np.ndarray
@@ -87,16 +89,18 @@ def save_directory(
     config: ModelConfig,
     hf_config: Mapping[str, Any],
     source: Path | None,
-    companions: Path | None,
+    companions: Sequence[Path],
     *,
     dtype: str | None = None,
     stored_dtype: str = "float32",
     max_shard_bytes: int = SHARD_BYTES,
+    complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
     """A complete Hugging Face directory: weights, config.json, and the tokenizer and notices that lie in `companions`.
 
-    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`.
+    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`. Files
+    of later companions replace those of earlier ones; `complete` is called last, before the directory appears.
     """
     stored = None if source is None else open_directory(source)
     on_disk = {} if stored is None else {name: i.dtype for name, i in text_tower(stored, config).tensors.items()}
@@ -114,15 +118,21 @@ def save_directory(
     with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)
         write_json(partial / "config.json", _config_json(config, hf_config, dtype))
-        if companions is not None:
-            copy_companions(companions, partial)
+        for directory in companions:
+            copy_companions(directory, partial)
+        complete(partial)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, chat template and licence files; never weights."""
+def copy_companions(source: Path, target: Path, which: re.Pattern[str] = COMPANIONS) -> None:
+    """Tokenizer, generation config, chat template and licence files (or only `which`); never weights."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANIONS.fullmatch(file.name):
+        if file.is_file() and which.fullmatch(file.name):
             shutil.copyfile(file, target / file.name)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a vocabulary lies there, in whatever format."""
+    return any(file.is_file() and VOCABULARY.fullmatch(file.name) for file in directory.iterdir())
 
 
 def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Data:
     )
     columns: dict[str, str] = key("other column names, e.g. {prompt: question, completion: answer}", {})
     tokenizer: str | None = key("a directory with a tokenizer other than the model's", None)
+    add_tokens: list[str] = key("new words of the vocabulary: their spelling in any text is one token", [])
+    add_special_tokens: list[str] = key("new control tokens: only a chat template's own text makes them", [])
+    pad_vocabulary_to: int = key("a vocabulary that added tokens outgrow is rounded up to a multiple of this", 64)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ class Adapt:
         "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear"
     )
     rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    from_: str | None = key("a PEFT directory to continue: its rank, alpha and targets hold", None, alias="from")
+    modules_to_save: list[str] = key(
+        "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)",
+        [],
+    )
+    from_: str | None = key(
+        "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold", None, alias="from"
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,13 @@ def check(run: Run) -> None:
     )
     unknown = sorted(set(data.columns) - {"prompt", "completion", "text"})
     require(not unknown, "data.columns", f"{unknown[:1]} is no column here; prompt, completion and text are")
+    added = [("data.add_tokens", token) for token in data.add_tokens]
+    added += [("data.add_special_tokens", token) for token in data.add_special_tokens]
+    for place, (path, token) in enumerate(added):
+        require(token.strip() != "", path, f"{token!r} is empty; give the spelling of a token")
+        require(_is_text(token), path, f"{token!r} holds a lone surrogate, which is no character")
+        require(token not in [other for _, other in added[:place]], path, f"{token!r} is given twice")
+    require(data.pad_vocabulary_to > 0, "data.pad_vocabulary_to", f"{data.pad_vocabulary_to} must be positive")
     require(train.steps is None or train.epochs is None, "train", "steps and epochs are both given; give one of them")
     require(train.steps is None or 0 < train.steps < 2**31, "train.steps", f"{train.steps} must lie in 1..2147483647")
     require(train.epochs is None or 0 < train.epochs < math.inf, "train.epochs", f"{train.epochs} must be positive")
@@ -171,10 +187,24 @@ def check(run: Run) -> None:
         require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
         require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")
         require(bool(adapt.targets), "adapt.targets", "no target is given")
+        require(
+            adapt.from_ is None or not adapt.modules_to_save,
+            "adapt.modules_to_save",
+            "the adapter that adapt.from names says this; leave it out",
+        )
+        require(
+            adapt.from_ is None or not added,
+            added[0][0] if added else "data",
+            "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
+        )
     for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
                         ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
                         ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
         require(value is None or value > 0, path, f"{value} must be positive")
+
+
+def _is_text(token: str) -> bool:
+    return not any(0xD800 <= ord(character) < 0xE000 for character in token)
 
 
 def key_reference(kind: type = Run, prefix: str = "") -> list[tuple[str, str, str, str]]:

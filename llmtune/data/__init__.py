@@ -2,7 +2,7 @@
 
 from llmtune.data.batches import BatchSource, HostBatch, evaluation_batches, read_batches
 from llmtune.data.dataset import Counts, Dataset
-from llmtune.data.run_data import RunData, load_data
+from llmtune.data.run_data import RunData, added_tokens, load_data
 
 __all__ = [
     "BatchSource",
@@ -10,6 +10,7 @@ __all__ = [
     "Dataset",
     "HostBatch",
     "RunData",
+    "added_tokens",
     "evaluation_batches",
     "load_data",
     "read_batches",

@@ -14,7 +14,7 @@ from llmtune.data.rows import data_files, files_digest, read_rows
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.models.config import ModelConfig
 from llmtune.shipped import resolve
-from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
+from llmtune.tokenizers import AddedTokens, Tokenizer, check_fits, load_tokenizer
 
 Tick = Callable[[int], None]
 
@@ -54,7 +54,7 @@ class RunData:
 def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick = lambda rows: None) -> RunData:
     """Read and tokenise everything; raises LlmtuneError with file:line for what cannot be used."""
     tokenizer_home = directory if run.data.tokenizer is None else resolve(run.data.tokenizer)
-    tokenizer = None if tokenizer_home is None else load_tokenizer(tokenizer_home)
+    tokenizer = None if tokenizer_home is None else load_tokenizer(tokenizer_home, added_tokens(run))
     if run.data.tokenizer is not None and tokenizer is None:
         raise LlmtuneDataError(f"data.tokenizer: {run.data.tokenizer} holds no tokenizer.json and no tokenizer.model")
     if tokenizer is not None:
@@ -77,6 +77,11 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
     validation, other, note = load(run.data.validation, "data.validation")
     both = hashlib.sha256(f"{digest} {other}".encode()).hexdigest()
     return RunData(train, validation, tokenizer, both, (train_note, note))
+
+
+def added_tokens(run: Run) -> AddedTokens:
+    """The tokens that a run adds to its tokenizer."""
+    return AddedTokens(tuple(run.data.add_tokens), tuple(run.data.add_special_tokens))
 
 
 def _examples(

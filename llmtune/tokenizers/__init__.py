@@ -2,19 +2,28 @@
 
 from pathlib import Path
 
-from llmtune.errors import LlmtuneFormatError
+from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
+from llmtune.tokenizers.added_tokens import NONE_ADDED, AddedTokens, write_added_tokens
 from llmtune.tokenizers.protocol import Tokenizer
 from llmtune.tokenizers.sentencepiece_model import read_sentencepiece
 from llmtune.tokenizers.tokenizer_json import read_tokenizer_json
 
-__all__ = ["Tokenizer", "check_fits", "load_tokenizer"]
+__all__ = ["AddedTokens", "Tokenizer", "check_fits", "load_tokenizer", "write_added_tokens"]
 
 
-def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """tokenizer.json first, else a sentencepiece tokenizer.model; None where there is neither."""
+def load_tokenizer(directory: Path, added: AddedTokens = NONE_ADDED) -> Tokenizer | None:
+    """tokenizer.json first, else a sentencepiece tokenizer.model; None where there is neither.
+
+    A run's own tokens can only be `added` to a tokenizer.json.
+    """
     if (directory / "tokenizer.json").is_file():
-        return read_tokenizer_json(directory)
+        return read_tokenizer_json(directory, added)
+    if added:
+        raise LlmtuneConfigError(
+            f"{added.key}: {directory} has no tokenizer.json, the only tokenizer file that can carry added tokens; "
+            "put the model's tokenizer.json there, or name a directory that has one in data.tokenizer"
+        )
     model = directory / "tokenizer.model"
     if not model.is_file():
         return None

@@ -9,6 +9,7 @@ from typing import final
 import tokenizers
 
 from llmtune.errors import LlmtuneFormatError
+from llmtune.tokenizers.added_tokens import NONE_ADDED, AddedTokens, add_tokens
 from llmtune.tokenizers.protocol import require_characters
 from llmtune.tokenizers.settings import ending_ids, read_settings
 
@@ -37,8 +38,8 @@ class TokenizerJson:
         return self.plain.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
 
-def read_tokenizer_json(directory: Path) -> TokenizerJson:
-    """The tokenizer of a directory that has a tokenizer.json."""
+def read_tokenizer_json(directory: Path, added: AddedTokens = NONE_ADDED) -> TokenizerJson:
+    """The tokenizer of a directory that has a tokenizer.json, with a run's own tokens added."""
     path = directory / "tokenizer.json"
     try:
         plain, special = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
@@ -49,6 +50,7 @@ def read_tokenizer_json(directory: Path) -> TokenizerJson:
     for reader in (plain, special):
         reader.no_truncation()
         reader.no_padding()
+        add_tokens(reader, added)
     settings = read_settings(directory)
     bos_id = plain.token_to_id(settings.bos) if settings.bos is not None else settings.bos_id
     ids = plain.get_vocab(with_added_tokens=True).values()

@@ -16,7 +16,6 @@ from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.models.decoder import declare
 from llmtune.sharding import Devices
-from llmtune.shipped import resolve
 from llmtune.training.checkpoint import Checkpoints
 from llmtune.training.display import Display, step_status
 from llmtune.training.evaluate import Evaluator
@@ -25,6 +24,7 @@ from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
 from llmtune.training.step import Metrics
+from llmtune.training.vocabulary import Vocabulary, describe_vocabulary, settle_vocabulary
 from llmtune.training.weights import choose_layout
 from llmtune.transforms import combine
 
@@ -46,9 +46,9 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
     Raises LlmtuneError for what a user can mend.
     """
     with display or Display() as display:
-        source = pretrained.open_source(run.model)
+        source, vocabulary = settle_vocabulary(run, pretrained.open_source(run.model))
         display.phase("tokenising", total=None)
-        data = load_data(run, source.config, source.directory, display.advance)
+        data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
 
         _, declared = declare(source.config)
@@ -58,7 +58,7 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
         with jax.set_mesh(mesh):
             display.phase("reading weights", total=source.weight_bytes or None)
             program, state = build_program(run, source, steps, mesh, strategy, display.advance)
-            describe(display, run, source, data, program, state)
+            describe(display, run, source, vocabulary, data, program, state)
             directory.begin(run, data.digest, source.digest)
 
             evaluator = Evaluator(run, source.config, data, program, directory)
@@ -70,8 +70,9 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
 
             display.phase("exporting", total=None)
             params = combine(state.trainable, program.frozen)
-            tokenizer = None if run.data.tokenizer is None else resolve(run.data.tokenizer)
-            exports = export_run(directory.export, params, source, tokenizer=tokenizer, adapted=run.adapt is not None)
+            exports = export_run(
+                directory.export, params, source, vocabulary, adapted=run.adapt is not None, whole=program.whole
+            )
         summary = Summary(directory.path, steps, before, after, exports)
         conclude(display, summary, directory)
         return summary
@@ -144,7 +145,13 @@ def resume(
 
 
 def describe(
-    display: Display, run: Run, source: pretrained.Source, data: RunData, program: Program, state: TrainState
+    display: Display,
+    run: Run,
+    source: pretrained.Source,
+    vocabulary: Vocabulary,
+    data: RunData,
+    program: Program,
+    state: TrainState,
 ) -> None:
     """What is about to happen, in a few lines."""
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
@@ -157,7 +164,7 @@ def describe(
         display.note(
             "note: the text tower is trained; the others' tensors are carried through untouched into the export"
         )
-    for note in data.notes:
+    for note in [*describe_vocabulary(source, vocabulary, adapted=run.adapt is not None), *data.notes]:
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")

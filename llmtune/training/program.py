@@ -34,7 +34,10 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 
 @dataclass(frozen=True)
 class Program:
-    """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights."""
+    """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
+
+    `whole`: the paths of weights that train in whole beside an adapter.
+    """
 
     mesh: Mesh
     strategy: Strategy
@@ -43,6 +46,7 @@ class Program:
     step: TrainStep
     held_out_step: EvalStep
     row_multiple: int
+    whole: tuple[str, ...]
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
         """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
@@ -84,6 +88,7 @@ def build_program(
         make_train_step(bind, objective, optimizer, schedule, strategy, run.train.microbatches),
         jax.jit(make_eval_step(bind, objective, strategy)),
         multiple,
+        weights.whole,
     )
     return program, init_state(weights.trainable, optimizer)
 

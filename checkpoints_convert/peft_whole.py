@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.hf_names import BLOCK, SEGMENT, Tensor, tensors
+from checkpoints_convert.hf_names import ATTENTION, MLP, ROUTER, SEGMENT, Tensor, tensors
 from checkpoints_convert.safetensors_reader import WeightDirectory
 from checkpoints_convert.safetensors_writer import Entry
 from llmtune.errors import LlmtuneFormatError
@@ -91,7 +91,8 @@ def whole_entries(
 def module_names(paths: Sequence[str]) -> list[str]:
     """What `modules_to_save` says, for peft's rule that a module's name ends with it."""
     own = {"embed/table": "embed_tokens", "head/kernel": "lm_head", "norm/weight": "model.norm"}
-    blocks = {f"{SEGMENT}/{ours}": theirs.removesuffix(".weight").rsplit(".")[-1] for ours, theirs in BLOCK.items()}
+    inside = {**ATTENTION, **MLP, **ROUTER}
+    blocks = {f"{SEGMENT}/{ours}": theirs.split(".")[-2] for ours, theirs in inside.items()}
     return [{**own, **blocks}[path] for path in paths]
 
 

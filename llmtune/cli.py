@@ -83,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
         "--strategy", default=None, metavar="NAME", help="sharding over all devices, e.g. fsdp, tensor"
     )
     generate.set_defaults(run=_generate)
+
+    report = commands.add_parser(
+        "report",
+        help="the page of a run, or of two side by side",
+        description="Write the page of a run, finished or not, from what is on disk; of two runs, a page that compares them.",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="the output directory of a run; two are compared")
+    report.add_argument(
+        "--output",
+        default=None,
+        metavar="FILE",
+        help="default: RUN/report.html; of two: RUN/comparison-with-OTHER.html",
+    )
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -137,6 +151,20 @@ def _generate(options: argparse.Namespace) -> int:
     )
     for prompt, completion in zip(options.prompt, completions, strict=True):
         print(f"{prompt}{completion}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if len(options.runs) > 2:
+        raise LlmtuneError(f"report: {len(options.runs)} runs are given; give one, or two to compare")
+    from llmtune.evaluation.report import summarize, write_comparison, write_report
+
+    if len(options.runs) == 1:
+        path = write_report(options.runs[0], options.output)
+    else:
+        path = write_comparison(*options.runs, options.output)
+    print(summarize(*options.runs))
+    print(f"report: {path}")
     return 0
 
 

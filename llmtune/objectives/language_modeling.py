@@ -14,9 +14,15 @@ def next_token_loss(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array, M
     batch: int32 [batch, seq] `tokens`, `labels` (aligned with tokens; IGNORED where there is no loss), `segment_ids`,
     `positions`. The shift happens here; the first token of a document is never a target.
     """
+    losses, weights = next_token_losses(model, batch)
+    return losses.sum(), weights.sum(), {}
+
+
+def next_token_losses(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The same before it is summed: (losses, weights), float32 [batch, seq]; both 0 where the next token is no target."""
     targets, weights = shifted_targets(batch["labels"], batch["segment_ids"])
     log_probs, _, _ = model.token_log_probs(batch["tokens"], batch["positions"], batch["segment_ids"], targets)
-    return -(weights * log_probs).sum(), weights.sum(), {}
+    return -(weights * log_probs), weights
 
 
 def shifted_targets(labels: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

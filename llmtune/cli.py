@@ -162,7 +162,7 @@ def _report(options: argparse.Namespace) -> int:
     if len(options.runs) == 1:
         path = write_report(options.runs[0], options.output)
     else:
-        path = write_comparison(*options.runs, options.output)
+        path = write_comparison(options.runs[0], options.runs[1], options.output)
     print(summarize(*options.runs))
     print(f"report: {path}")
     return 0

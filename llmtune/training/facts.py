@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 
 import llmtune
 from llmtune import pretrained
@@ -91,7 +92,7 @@ def dataset_facts(dataset: Dataset) -> Facts:
     """Counts, and a hash of the tokens themselves: equal where two runs saw the same examples in the same form."""
     digest = hashlib.sha256()
     for array in (dataset.input_ids, dataset.labels, dataset.offsets):
-        digest.update(memoryview(array).cast("B"))
+        digest.update(np.ascontiguousarray(array).data)
     return {"counts": dataclasses.asdict(dataset.counts), "tokens_sha256": digest.hexdigest(), "sources": []}
 
 
@@ -111,7 +112,7 @@ def session_facts(program: Program) -> Facts:
             "llmtune": llmtune.__version__,
             "python": platform.python_version(),
             **{name: version(name) for name in LIBRARIES},
-            "system": platform.platform(terse=True),
+            "system": f"{platform.system()} {platform.machine()}",
         },
     }
 

@@ -16,9 +16,11 @@ from llmtune.evaluation.report.record import Record
 
 INK, GRID, FIRST, SECOND = "#010101", "#010102", "#010103", "#010104"  # stand-ins, replaced by:
 VARIABLES = {INK: "var(--soft)", GRID: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
+ROUND = [1, 2, 2.5, 5, 10]  # ticks are at multiples of these
+LOGARITHMIC = 15  # a loss that falls by more than this factor is drawn over a logarithmic axis
 POINTS = 300  # more than that many steps are averaged in groups: a page needs no more dots than it has pixels
 WIDTH, HEIGHT, TEXT = 380, 210, 10  # of the drawing, in units of its own; a phone shows them one to one
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "llmtune",
     "font.size": TEXT,
@@ -49,13 +51,17 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Steps and values, in one of the stand-in colours. `faint`: behind the others; `dots`: measured now and then."""
+    """Steps and values, in one of the stand-in colours.
+
+    `faint`: behind the others; `dots`: measured now and then; `dashed`: so that what it covers shows.
+    """
 
     steps: np.ndarray
     values: np.ndarray
     colour: str
     faint: bool = False
     dots: bool = False
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def comparison_charts(one: Record, other: Record) -> list[Chart]:
     legend = (("--first", f"A: {one.name}"), ("--second", f"B: {other.name}"))
 
     def both(name: str) -> list[Curve]:
-        return [metric(record, name, colour) for record, colour in pairs]
+        return [Curve(*record.series(name), colour, dashed=colour == SECOND) for record, colour in pairs]
 
     losses = [curve for record, colour in pairs for curve in loss_curves(record, colour)]
     held_out = [Curve(*record.evaluation_curve(), colour, dots=True) for record, colour in pairs]
@@ -142,7 +148,7 @@ def draw(name: str, curves: Sequence[Curve], zero: bool = False) -> str:
     import matplotlib  # here, for it takes a while to import
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -155,10 +161,23 @@ def draw(name: str, curves: Sequence[Curve], zero: bool = False) -> str:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
+        if not zero and spread(curves) > LOGARITHMIC:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("-", "\N{MINUS SIGN}"))
         figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), name)
+
+
+def spread(curves: Sequence[Curve]) -> float:
+    """Largest over smallest value; 0 where one is not positive."""
+    values = np.concatenate([curve.values for curve in curves])
+    values = values[np.isfinite(values)]
+    return float(values.max() / values.min()) if len(values) and values.min() > 0 else 0.0
 
 
 def _plot(axes: Any, curve: Curve) -> None:
@@ -169,7 +188,7 @@ def _plot(axes: Any, curve: Curve) -> None:
     elif curve.faint:
         axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.35)
     else:
-        axes.plot(steps, values, color=curve.colour, linewidth=1.6)
+        axes.plot(steps, values, color=curve.colour, linewidth=1.6, linestyle=(0, (4, 2)) if curve.dashed else "-")
 
 
 def _inline(svg: str, name: str) -> str:

@@ -41,14 +41,18 @@ def tiles(record: Record) -> list[Tile]:
     for moment, held_out in zip(MOMENTS, (record.before, record.after), strict=True):
         if held_out is not None:
             value, bounds = held_out.perplexity, perplexity_bounds(held_out)
-            interval = f"95 % CI {units.span(bounds, value)}" if bounds else f"{units.count(held_out.tokens, 'token')}"
+            interval = (
+                f"{units.CONFIDENCE} {units.span(bounds, value)}"
+                if bounds
+                else f"{units.count(held_out.tokens, 'token')}"
+            )
             found.append(Tile(f"Perplexity {moment}", units.figure(value), interval))
     _, losses = record.series("loss")
     if len(losses):
         found.append(Tile("Training loss", units.figure(float(losses[-1])), f"from {units.figure(float(losses[0]))}"))
     speed = throughput(record)
     if speed is not None:
-        found.append(Tile("Speed", f"{units.figure(speed[0])}", f"tokens/s; {units.duration(speed[1])} a step"))
+        found.append(Tile("Tokens per second", units.figure(speed[0]), f"{units.duration(speed[1])} a step"))
     if record.sessions:
         compiled = sum(session.get("compile_seconds", 0) for session in record.sessions)
         note = f"{units.duration(compiled)} of it compiling" if compiled else progress(record)
@@ -97,7 +101,7 @@ def speed_rows(record: Record) -> Rows:
             ("Peak memory of the host process", units.size(peak(record, "peak_host_bytes"))),
             (
                 "Peak memory of a device",
-                units.size(on) if (on := peak(record, "peak_device_bytes")) else "not reported here",
+                units.size(on) if (on := peak(record, "peak_device_bytes")) else "not reported by this platform",
             ),
         ]
     return rows

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, GLUE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+CONFIDENCE = f"95{GLUE}%{GLUE}CI"
 
 
 def figure(value: float, like: float | None = None) -> str:
@@ -11,6 +12,8 @@ def figure(value: float, like: float | None = None) -> str:
     if not math.isfinite(value):
         return "not finite" if math.isnan(value) else ("\N{INFINITY}" if value > 0 else f"{MINUS}\N{INFINITY}")
     size = abs(value if like is None else like)
+    if size >= 1000:
+        value = round(value, 2 - math.floor(math.log10(max(abs(value), 1.0))))
     decimals = 0 if size >= 100 else 2 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
     return f"{value:,.{decimals}f}".replace("-", MINUS)
 
@@ -36,6 +39,14 @@ def share(part: float, whole: float) -> str:
     return "< 0.1 %" if 0 < percent < 0.1 else f"{percent:.1f} %" if percent < 10 else f"{percent:.0f} %"
 
 
+def factor(value: float) -> str:
+    """`6.2 % lower`, `1.4 % higher`, `133 times lower`."""
+    way = "lower" if value < 1 else "higher"
+    if 0.5 < value < 2:
+        return f"{100 * abs(value - 1):.1f} % {way}"
+    return f"{figure(max(value, 1 / value) if value else math.inf)} times {way}"
+
+
 def duration(seconds: float) -> str:
     """`820 ms`, `4.2 s`, `48 s`, `3 min 12 s`, `2 h 05 min`."""
     if seconds < 1:
@@ -43,7 +54,9 @@ def duration(seconds: float) -> str:
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
 
 
 def size(number: float) -> str:

@@ -8,9 +8,14 @@ import numpy as np
 from llmtune.evaluation.bootstrap import Interval, difference_interval, loss_interval
 from llmtune.evaluation.perplexity import HeldOut, perplexity
 from llmtune.evaluation.report.record import Record
-from llmtune.evaluation.report.units import count, figure, share, span
+from llmtune.evaluation.report.units import CONFIDENCE, count, factor, figure, share, span
 
 TURN = 0.02  # nats by which held-out loss must have risen from its lowest point to be called overfitting: 2 % of perplexity
+LOSSES = (  # counts of rows that did not come through whole
+    ("dropped", "warning", "left out: too long for data.sequence_length"),
+    ("skipped", "warning", "skipped"),
+    ("truncated", "neutral", "cut to data.sequence_length"),
+)
 GOOD, NEUTRAL, WARNING, BAD = "good", "neutral", "warning", "bad"
 
 
@@ -45,7 +50,7 @@ def compare(one: Record, other: Record) -> list[Remark]:
     if one.after is None or other.after is None:
         text = "There is no validation perplexity of both runs to compare."
         return [Remark(NEUTRAL, text, "It is measured at the end of a run that has data.validation."), *unfinished]
-    ends = " and ".join(f"{own} ({label})" for own, label in zip(map(with_interval, (one.after, other.after)), "AB"))
+    ends = f"A {with_interval(one.after)}, B {with_interval(other.after)}"
     if validation_hash(one) != validation_hash(other) or validation_hash(one) is None:
         text = f"Validation perplexity after training: {ends}."
         return [Remark(WARNING, text, "They were measured on different examples and cannot be compared."), *unfinished]
@@ -54,7 +59,7 @@ def compare(one: Record, other: Record) -> list[Remark]:
         return [Remark(WARNING, f"Validation perplexity after training: {ends}."), *unfinished]
     better, worse = ("A", "B") if change.value > 0 else ("B", "A")
     if change.bounds is not None and not change.excludes_zero:
-        text = f"No measurable difference: validation perplexity is {ends} after training."
+        text = f"No measurable difference in validation perplexity after training: {ends}."
         return [Remark(NEUTRAL, text, _ratio(change, "B relative to A")), *unfinished]
     text = f"{better} ends with a lower validation perplexity than {worse}: {ends}."
     return [Remark(GOOD, text, _ratio(change, "B relative to A")), *unfinished]
@@ -63,7 +68,7 @@ def compare(one: Record, other: Record) -> list[Remark]:
 def with_interval(held_out: HeldOut) -> str:
     """`7.62 (95 % CI 7.11-8.20)`."""
     bounds, value = perplexity_bounds(held_out), held_out.perplexity
-    return figure(value) if bounds is None else f"{figure(value)} (95 % CI {span(bounds, value)})"
+    return figure(value) if bounds is None else f"{figure(value)} ({CONFIDENCE} {span(bounds, value)})"
 
 
 def perplexity_bounds(held_out: HeldOut) -> tuple[float, float] | None:
@@ -90,7 +95,7 @@ def _outcome(record: Record) -> Remark:
     values = f"from {with_interval(before)} to {with_interval(after)}"
     if change is None or not math.isfinite(change.value):
         return Remark(BAD, f"Validation perplexity went {values}.")
-    detail = _ratio(change, "after relative to before")
+    detail = _ratio(change, "After relative to before")
     if change.bounds is not None and not change.excludes_zero:
         return Remark(WARNING, f"Validation perplexity did not change measurably: {values}.", detail)
     if change.value < 0:
@@ -100,12 +105,11 @@ def _outcome(record: Record) -> Remark:
 
 def _ratio(change: Interval, of: str) -> str:
     """The change of loss as a factor of perplexity, with the paired interval."""
-    factor = math.exp(min(change.value, 700))
-    text = f"Perplexity {of}: \N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}{figure(factor)}"
+    text = f"{of}: {factor(math.exp(min(change.value, 700)))}"
     if change.bounds is None:
         return text + "."
-    low, high = (math.exp(min(bound, 700)) for bound in change.bounds)
-    return f"{text} (95 % CI {span((low, high), factor)}, the same examples compared)."
+    low, high = (factor(math.exp(min(bound, 700))) for bound in sorted(change.bounds, key=abs))
+    return f"{text} ({CONFIDENCE}: {low} to {high}), the same examples compared."
 
 
 def _training_outcome(record: Record) -> Remark:
@@ -152,28 +156,25 @@ def _lost_rows(record: Record) -> list[Remark]:
     remarks = []
     for part, name in (("train", "training"), ("validation", "validation")):
         counts = record.facts.get("data", {}).get(part, {}).get("counts", {})
-        rows = counts.get("rows", 0)
-        for lost, kind, what in (
-            ("dropped", WARNING, "left out"),
-            ("skipped", WARNING, "skipped"),
-            ("truncated", NEUTRAL, "cut"),
-        ):
+        for lost, kind, what in LOSSES:
             number = counts.get(lost) or 0
             number = sum(number.values()) if isinstance(number, dict) else number
             if number:
-                text = f"{count(number, name + ' row')} of {rows:,} ({share(number, rows)}) {'was' if number == 1 else 'were'} {what}."
-                limit = record.config["data"].get("sequence_length")
-                why = (
-                    f"They do not fit into data.sequence_length, {limit:,} tokens."
-                    if lost != "skipped" and limit
-                    else ""
-                )
-                remarks.append(Remark(kind, text, why))
+                rows, were = counts["rows"], "was" if number == 1 else "were"
+                text = f"{number:,} of {count(rows, f'{name} row')} ({share(number, rows)}) {were} {what}."
+                remarks.append(Remark(kind, text))
+    return remarks + _partial_validation(record)
+
+
+def _partial_validation(record: Record) -> list[Remark]:
     limit = (record.config.get("evaluate") or {}).get("max_batches")
-    if limit is not None and record.before is not None:
-        text = f"Validation used at most {count(limit, 'batch').replace('batchs', 'batches')} (evaluate.max_batches)."
-        remarks.append(Remark(NEUTRAL, text))
-    return remarks
+    if limit is None or record.before is None:
+        return []
+    used, part = len(record.before.targets), record.facts.get("data", {}).get("validation", {})
+    whole = part.get("counts", {}).get("examples", 0)
+    if used >= whole:
+        return []
+    return [Remark(NEUTRAL, f"Validation used {used:,} of {whole:,} examples (evaluate.max_batches: {limit}).")]
 
 
 def _interruptions(record: Record) -> list[Remark]:

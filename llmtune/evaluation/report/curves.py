@@ -16,6 +16,7 @@ from llmtune.evaluation.report.record import Record
 
 INK, GRID, FIRST, SECOND = "#010101", "#010102", "#010103", "#010104"  # stand-ins, replaced by:
 VARIABLES = {INK: "var(--soft)", GRID: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
+LEFT, RIGHT, BELOW, ABOVE = 46, 12, 34, 8  # margins: fixed, so that drawings line up (and fitting them takes a while)
 ROUND = [1, 2, 2.5, 5, 10]  # ticks are at multiples of these
 LOGARITHMIC = 15  # a loss that falls by more than this factor is drawn over a logarithmic axis
 POINTS = 300  # more than that many steps are averaged in groups: a page needs no more dots than it has pixels
@@ -152,9 +153,9 @@ def draw(name: str, curves: Sequence[Curve], zero: bool = False) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes((LEFT / WIDTH, BELOW / HEIGHT, 1 - (LEFT + RIGHT) / WIDTH, 1 - (BELOW + ABOVE) / HEIGHT))
         for curve in curves:
             _plot(axes, curve)
         if zero:

@@ -8,7 +8,7 @@ import numpy as np
 from llmtune.evaluation.bootstrap import Interval, difference_interval, loss_interval
 from llmtune.evaluation.perplexity import HeldOut, perplexity
 from llmtune.evaluation.report.record import Record
-from llmtune.evaluation.report.units import CONFIDENCE, count, factor, figure, share, span
+from llmtune.evaluation.report.units import CONFIDENCE, GLUE, count, factor, figure, share, span
 
 TURN = 0.02  # nats by which held-out loss must have risen from its lowest point to be called overfitting: 2 % of perplexity
 LOSSES = (  # counts of rows that did not come through whole
@@ -68,7 +68,7 @@ def compare(one: Record, other: Record) -> list[Remark]:
 def with_interval(held_out: HeldOut) -> str:
     """`7.62 (95 % CI 7.11-8.20)`."""
     bounds, value = perplexity_bounds(held_out), held_out.perplexity
-    return figure(value) if bounds is None else f"{figure(value)} ({CONFIDENCE} {span(bounds, value)})"
+    return figure(value) if bounds is None else f"{figure(value)} ({CONFIDENCE}{GLUE}{span(bounds, value)})"
 
 
 def perplexity_bounds(held_out: HeldOut) -> tuple[float, float] | None:

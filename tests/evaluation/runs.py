@@ -6,7 +6,8 @@ import llmtune
 from tests.conftest import ROOT
 
 STARTER = ROOT / "llmtune" / "starter"
-PROMPTS = ["List the animals: Karl the badger met Lotte the goose at the bridge.\nAnswer:", "Once upon a time"]
+HOSTILE = "</script></style><img src=x onerror=alert(1)>"
+PROMPTS = ["List the animals: Karl the badger met Lotte the goose at the bridge.\nAnswer:", HOSTILE]
 
 
 def short_run(directory, name="run", overrides=(), rows=60, held_out=20):

@@ -37,4 +37,8 @@ def test_every_held_out_example_has_its_own_loss(tmp_path, expected, devices):
     assert before.loss == pytest.approx(expected[0].sum() / expected[1].sum(), rel=1e-5)
     assert before.tokens == expected[1].sum()
     figures = json.loads((tmp_path / "run/evaluation.json").read_text())["before"]
-    assert (figures["loss"], figures["perplexity"], figures["tokens"]) == (before.loss, before.perplexity, before.tokens)
+    assert (figures["loss"], figures["perplexity"], figures["tokens"]) == (
+        before.loss,
+        before.perplexity,
+        before.tokens,
+    )

@@ -53,7 +53,11 @@ def test_tensorboard_shows_what_metrics_hold_and_forgets_what_was_done_twice(res
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     shown = scalars(directory / "tensorboard")
-    for tag, name in {"train/loss": "loss", "train/learning_rate": "learning_rate", "evaluation/loss": "eval_loss"}.items():
+    for tag, name in {
+        "train/loss": "loss",
+        "train/learning_rate": "learning_rate",
+        "evaluation/loss": "eval_loss",
+    }.items():
         expected = {row["step"]: row[name] for row in rows if name in row}
         assert shown[tag] == pytest.approx(expected, rel=1e-6), tag
     assert "train/step" not in shown

@@ -80,12 +80,11 @@ def _subtitle(record: Record) -> list[str]:
     config, facts = record.config, record.facts.get("model", {})
     adapt = config.get("adapt")
     method = "full fine-tuning" if not adapt else f"{adapt.get('method', 'lora')}, rank {adapt.get('rank')}"
-    trained = (
-        f"{units.parameters(facts['trainable_parameters'])} of {units.parameters(facts['parameters'])} parameters train"
-    )
+    sizes = [units.parameters(facts[name]) for name in ("trainable_parameters", "parameters") if name in facts]
+    trained = f"{sizes[0]} of {sizes[-1]} parameters train" if sizes else ""
     last = record.sessions[-1] if record.sessions else {}
     ended = (last.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")
-    return list(filter(None, [str(config["model"]), config.get("objective"), method, trained if facts else "", ended]))
+    return list(filter(None, [str(config["model"]), config.get("objective"), method, trained, ended]))
 
 
 def _samples(record: Record) -> list[tuple[str, str | None, str | None]]:

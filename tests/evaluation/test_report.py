@@ -260,6 +260,15 @@ def test_a_damaged_file_is_named(copy, capsys, name, content, where):
     assert error.startswith(f"llmtune: error: {copy / where}: ") and len(error.splitlines()) == 1
 
 
+def test_a_long_run_has_a_small_page(copy):
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    many = ({**rows[step % 12], "step": step, "eval_loss": 2.0} for step in range(1, 20_001))
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    page = read_page(write_report(copy))
+    assert_self_contained(page)
+    assert len(page.source) < 200_000
+
+
 def test_a_torn_last_line_is_left_out(copy):
     whole = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(whole + '{"step": 13, "lo')

@@ -19,6 +19,7 @@ VARIABLES = {INK: "var(--soft)", GRID: "var(--line)", FIRST: "var(--first)", SEC
 LEFT, RIGHT, BELOW, ABOVE = 46, 12, 34, 8  # margins: fixed, so that drawings line up (and fitting them takes a while)
 ROUND = [1, 2, 2.5, 5, 10]  # ticks are at multiples of these
 LOGARITHMIC = 15  # a loss that falls by more than this factor is drawn over a logarithmic axis
+DOTS = 60  # more would run into each other: a line alone
 POINTS = 300  # more than that many steps are averaged in groups: a page needs no more dots than it has pixels
 WIDTH, HEIGHT, TEXT = 380, 210, 10  # of the drawing, in units of its own; a phone shows them one to one
 STYLE: dict[Any, Any] = {
@@ -182,10 +183,11 @@ def spread(curves: Sequence[Curve]) -> float:
 
 
 def _plot(axes: Any, curve: Curve) -> None:
-    steps, values = (curve.steps, curve.values) if curve.dots else thinned(curve.steps, curve.values)
+    steps, values = thinned(curve.steps, curve.values)
     values = np.where(np.isfinite(values), values, np.nan)
     if curve.dots:
-        axes.plot(steps, values, color=curve.colour, linewidth=1.6, marker="o", markersize=3.6)
+        marker = "o" if len(steps) <= DOTS else ""
+        axes.plot(steps, values, color=curve.colour, linewidth=1.6, marker=marker, markersize=3.6)
     elif curve.faint:
         axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.35)
     else:

@@ -94,6 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         "--length", type=int, default=None, metavar="N", help="tokens of a row, for attention and cache; default 4096"
     )
     inspect.set_defaults(run=_inspect)
+
+    report = commands.add_parser(
+        "report",
+        help="the page of a run, or of two side by side",
+        description="Write the page of a run, finished or not, from what is on disk; of two runs, a page that compares them.",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="the output directory of a run; two are compared")
+    report.add_argument(
+        "--output",
+        default=None,
+        metavar="FILE",
+        help="default: RUN/report.html; of two: RUN/comparison-with-OTHER.html",
+    )
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -162,6 +176,20 @@ def _inspect(options: argparse.Namespace) -> int:
     from llmtune.inspection import inspect
 
     print("\n".join(inspect(options.model, options.length)))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if len(options.runs) > 2:
+        raise LlmtuneError(f"report: {len(options.runs)} runs are given; give one, or two to compare")
+    from llmtune.evaluation.report import summarize, write_comparison, write_report
+
+    if len(options.runs) == 1:
+        path = write_report(options.runs[0], options.output)
+    else:
+        path = write_comparison(options.runs[0], options.runs[1], options.output)
+    print(summarize(*options.runs))
+    print(f"report: {path}")
     return 0
 
 

@@ -161,6 +161,15 @@ def dump_run(run: Run) -> str:
     return yaml.dump(_plain(run), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"steps": 2}}` -> `{"train.steps": 2}`."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 _ADAPTERS: dict[type, TypeAdapter] = {}
 
 

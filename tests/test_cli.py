@@ -238,12 +238,13 @@ def test_what_is_no_command_is_refused(refusal, arguments, said):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--help"], ["usage: llmtune", "train", "generate"]),
+        (["--help"], ["usage: llmtune", "train", "generate", "report"]),
         (
             ["train", "--help"],
             ["usage: llmtune train CONFIG.yaml [--section.key VALUE ...]", "optimizer.learning_rate"],
         ),
         (["generate", "--help"], ["usage: llmtune generate", "--prompt TEXT", "--max-new-tokens N"]),
+        (["report", "--help"], ["usage: llmtune report", "--output FILE", "comparison-with-OTHER.html"]),
         (["--version"], [f"llmtune {llmtune.__version__}"]),
     ],
 )

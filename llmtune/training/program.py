@@ -21,7 +21,7 @@ from llmtune.config import Run
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
-from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
 from llmtune.sharding import Strategy, axis_size
 from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
@@ -86,7 +86,7 @@ def build_program(
         bind,
         weights.frozen,
         make_train_step(bind, objective, optimizer, schedule, strategy, run.train.microbatches),
-        jax.jit(make_eval_step(bind, objective, strategy)),
+        jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         multiple,
         weights.whole,
     )

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
+from llmtune.tokenizers.chat import load_chat_template
 from llmtune.tokenizers.protocol import Tokenizer
 from llmtune.tokenizers.sentencepiece_model import read_sentencepiece
 from llmtune.tokenizers.tokenizer_json import read_tokenizer_json
 
-__all__ = ["Tokenizer", "check_fits", "load_tokenizer"]
+__all__ = ["Tokenizer", "check_fits", "load_chat_template", "load_tokenizer"]
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:

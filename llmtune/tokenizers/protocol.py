@@ -1,6 +1,6 @@
 """What every tokenizer does, whichever file it was read from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from llmtune.errors import LlmtuneDataError
@@ -27,6 +27,11 @@ class Tokenizer(Protocol):
     @property
     def add_bos(self) -> bool:
         """Whether the reference tokenizer puts BOS before a text."""
+        ...
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The control tokens by their spelling: what `allow_special` reads out of a text."""
         ...
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:

@@ -20,6 +20,7 @@ class TokenizerJson:
 
     plain: tokenizers.Tokenizer
     special: tokenizers.Tokenizer
+    controls: dict[str, int]
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -55,6 +56,7 @@ def read_tokenizer_json(directory: Path) -> TokenizerJson:
     return TokenizerJson(
         plain,
         special,
+        {token.content: index for index, token in plain.get_added_tokens_decoder().items() if token.special},
         vocab_size=max(ids, default=-1) + 1,
         bos_id=bos_id,
         eos_ids=ending_ids(settings, plain.token_to_id, None),

@@ -9,10 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from llmtune.model import Model
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -77,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text"
     )
+    generate.add_argument("--chat", action="store_true", help="prompts are a user's turns, through the chat template")
+    generate.add_argument("--system", default=None, metavar="TEXT", help="with --chat: the system's turn before them")
+    generate.add_argument(
+        "--chat-template",
+        default=None,
+        metavar="NAME",
+        help="with --chat: a built-in one or a .jinja file, not the model's",
+    )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="float32", metavar="D", help="of weights and compute; default float32")
     generate.add_argument(
@@ -125,9 +136,32 @@ def _train(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from llmtune.model import load
 
+    if not options.chat and (options.system, options.chat_template) != (None, None):
+        return _refuse("--system and --chat-template belong to --chat; add it")
     model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
-    completions = model.generate(
-        options.prompt,
+    if options.chat:
+        for answer in _answers(model, options):
+            print(answer)
+        return 0
+    for prompt, completion in zip(options.prompt, _complete(model, options.prompt, options), strict=True):
+        print(f"{prompt}{completion}")
+    return 0
+
+
+def _answers(model: "Model", options: argparse.Namespace) -> list[str]:
+    from llmtune.chat import find_template, with_ends
+    from llmtune.model import decode_completion
+    from llmtune.tokenizers.turns import chat_prompt
+
+    template = find_template(model, options.model, options.chat_template)
+    rows = [chat_prompt(template, prompt, options.system) for prompt in options.prompt]
+    completions = _complete(with_ends(model, template), rows, options)
+    return [decode_completion(model.tokenizer, *pair) for pair in zip(rows, completions, strict=True)]
+
+
+def _complete(model: "Model", prompts: list, options: argparse.Namespace) -> list:
+    return model.generate(
+        prompts,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -135,9 +169,6 @@ def _generate(options: argparse.Namespace) -> int:
         stop=options.stop,
         seed=options.seed,
     )
-    for prompt, completion in zip(options.prompt, completions, strict=True):
-        print(f"{prompt}{completion}")
-    return 0
 
 
 def _refuse(message: str) -> int:

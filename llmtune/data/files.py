@@ -173,8 +173,8 @@ def _zst(path: Path) -> Any:
 
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": lambda path: gzip.open(path, "rb"),
-    ".bz2": lambda path: bz2.open(path, "rb"),
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
     ".xz": _Xz,
     ".zst": _zst,
 }

@@ -129,6 +129,7 @@ class _Text:
 
     def value(self, where: str) -> Any:
         """The next JSON value. A syntax error ends the file: nobody can say where the next row begins."""
+        self.skip_space()
         while True:
             try:
                 value, end = DECODER.raw_decode(self.buffer, self.at)

@@ -150,7 +150,7 @@ def describe(
         f"model: {source.name} ({config.architecture}, {config.num_hidden_layers} layers, hidden {config.hidden_size}); "
         + (f"{trained:,} parameters of the adapter train" if run.adapt else f"all {trained:,} parameters train")
     )
-    for note in data.notes:
+    for note in (*data.notes, *data.look.lines):
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 from llmtune.data.dataset import collect
-from llmtune.data.formats import IGNORED, Example
+from llmtune.data.example import IGNORED, Example
 from llmtune.errors import LlmtuneDataError
 
 LIMIT = 8
 
 
-def example(length, *, prompt=1, line=1, splittable=False):
+def example(length, *, prompt=1, line=1, cut="end"):
     """Ids 100, 101, ...; the first `prompt` of them are no targets."""
     ids = np.arange(100, 100 + length, dtype=np.int32)
     labels = np.where(np.arange(length) < prompt, IGNORED, ids).astype(np.int32)
-    return Example(ids, labels, f"rows.jsonl:{line}", splittable)
+    return Example(ids, labels, f"rows.jsonl:{line}", cut)
 
 
 def contents(dataset):
@@ -64,7 +64,7 @@ def test_long_rows_are_refused_by_file_and_line():
 @pytest.mark.parametrize("too_long", ["truncate", "drop", "error"])
 def test_text_is_split_and_no_token_is_lost(length, too_long):
     """But for a last one alone: the first of a piece is never a target, so it could teach nothing."""
-    given = example(length, splittable=True)
+    given = example(length, cut="pieces")
     dataset = collect([given], LIMIT, too_long, name="data.train")
     pieces = contents(dataset)
     alone = length % LIMIT == 1

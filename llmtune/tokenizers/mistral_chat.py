@@ -14,10 +14,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
+from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers.conversation import Conversation, Message, Rendered
-from llmtune.tokenizers.draft import Draft, inexpressible
+from llmtune.tokenizers.draft import Draft, inexpressible, one_by_one, spelled_json
 from llmtune.tokenizers.protocol import Tokenizer
 
 FOLLOWS = {"user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "user"), "system": ()}
@@ -46,6 +48,12 @@ class MistralV1:
                 draft.text(message.content, target=message.train).control("</s>", target=message.train)
         return draft.rendered
 
+    def encode_batch(
+        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
+    ) -> list[Rendered | LlmtuneDataError]:
+        """See `ChatTemplate.encode_batch`."""
+        return one_by_one(partial(self.encode, add_generation_prompt=add_generation_prompt), conversations)
+
 
 @final
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class MistralV3:
         for at, message in enumerate(turns):
             if message.role == "user":
                 if at == last and conversation.tools:
-                    tools = json.dumps([_tool(self.name, tool) for tool in conversation.tools], ensure_ascii=False)
+                    tools = spelled_json(self.name, [_tool(self.name, tool) for tool in conversation.tools])
                     draft.control("[AVAILABLE_TOOLS]").text(tools).control("[/AVAILABLE_TOOLS]")
                 text = (system if at == last else "") + message.content
                 draft.control("[INST]").text(text).control("[/INST]")
@@ -81,6 +89,12 @@ class MistralV3:
                 draft.text(message.content.rstrip(" "), target=message.train).control("</s>", target=message.train)
         return draft.rendered
 
+    def encode_batch(
+        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
+    ) -> list[Rendered | LlmtuneDataError]:
+        """See `ChatTemplate.encode_batch`."""
+        return one_by_one(partial(self.encode, add_generation_prompt=add_generation_prompt), conversations)
+
     def _add_calls(self, draft: Draft, message: Message, ids: Sequence[str]) -> None:
         if message.content:
             inexpressible(self.name, "a turn is either text or tool calls; this one has both")
@@ -89,12 +103,12 @@ class MistralV3:
             for call, call_id in zip(message.tool_calls, ids, strict=True)
         ]
         draft.control("[TOOL_CALLS]", target=message.train)
-        draft.text(json.dumps(calls, ensure_ascii=False), target=message.train).control("</s>", target=message.train)
+        draft.text(spelled_json(self.name, calls), target=message.train).control("</s>", target=message.train)
 
     def _add_result(self, draft: Draft, message: Message, in_turn: str) -> None:
         call_id = in_turn if message.tool_call_id is None else _call_id(message.tool_call_id, "")
         result = {"content": _arguments(self.name, message.content), "call_id": call_id}
-        draft.control("[TOOL_RESULTS]").text(json.dumps(result, ensure_ascii=False)).control("[/TOOL_RESULTS]")
+        draft.control("[TOOL_RESULTS]").text(spelled_json(self.name, result)).control("[/TOOL_RESULTS]")
 
 
 def _turns(template: str, conversation: Conversation) -> tuple[str, tuple[Message, ...]]:

@@ -5,11 +5,13 @@
 Each text is tokenised by itself, as the reference libraries of the built-in templates do it.
 """
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, Self, final
+from typing import Any, NoReturn, Self, final
 
 from llmtune.errors import LlmtuneDataError
-from llmtune.tokenizers.conversation import Rendered
+from llmtune.tokenizers.conversation import Conversation, Rendered
 from llmtune.tokenizers.protocol import Tokenizer
 
 
@@ -39,3 +41,24 @@ class Draft:
 def inexpressible(template: str, why: str) -> NoReturn:
     """Refuse a conversation."""
     raise LlmtuneDataError(f"chat template {template}: {why}")
+
+
+def one_by_one(
+    encode: Callable[[Conversation], Rendered], conversations: Sequence[Conversation]
+) -> list[Rendered | LlmtuneDataError]:
+    """`ChatTemplate.encode_batch` of a template that is plain Python."""
+    rendered: list[Rendered | LlmtuneDataError] = []
+    for conversation in conversations:
+        try:
+            rendered.append(encode(conversation))
+        except LlmtuneDataError as error:
+            rendered.append(error)
+    return rendered
+
+
+def spelled_json(template: str, value: Any, indent: int | None = None) -> str:
+    """A value as templates spell it; a conversation that holds what is no JSON is refused."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+    except (TypeError, ValueError, RecursionError) as error:
+        inexpressible(template, f"a tool call or a tool holds what is no JSON ({' '.join(str(error).split())[:100]})")

@@ -4,13 +4,14 @@ Every turn is `<|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>`.
 holds the dates, take tools in the first user turn, answer with a JSON call and read results in `ipython` turns.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from functools import partial
+from typing import final
 
+from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers.conversation import Conversation, Message, Rendered
-from llmtune.tokenizers.draft import Draft, inexpressible
+from llmtune.tokenizers.draft import Draft, inexpressible, one_by_one, spelled_json
 from llmtune.tokenizers.protocol import Tokenizer
 
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -41,6 +42,12 @@ class Llama3:
             _turn(draft, message.role, message.content.strip(), target=_is_target(message))
         return _finished(draft, add_generation_prompt)
 
+    def encode_batch(
+        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
+    ) -> list[Rendered | LlmtuneDataError]:
+        """See `ChatTemplate.encode_batch`."""
+        return one_by_one(partial(self.encode, add_generation_prompt=add_generation_prompt), conversations)
+
 
 @final
 @dataclass(frozen=True)
@@ -62,18 +69,24 @@ class Llama31:
                 inexpressible(
                     self.name, "tools are told in the first user turn, and the conversation does not begin with one"
                 )
-            spelled = "".join(_json(tool, indent=4) + "\n\n" for tool in tools)
+            spelled = "".join(spelled_json(self.name, tool, indent=4) + "\n\n" for tool in tools)
             _turn(draft, "user", WITH_TOOLS + spelled + rest[0].content.strip())
             rest = rest[1:]
         for message in rest:
             self._add(draft, message)
         return _finished(draft, add_generation_prompt)
 
+    def encode_batch(
+        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
+    ) -> list[Rendered | LlmtuneDataError]:
+        """See `ChatTemplate.encode_batch`."""
+        return one_by_one(partial(self.encode, add_generation_prompt=add_generation_prompt), conversations)
+
     def _add(self, draft: Draft, message: Message) -> None:
         if message.tool_calls:
             _turn(draft, "assistant", self._call(message), target=_is_target(message))
         elif message.role == "tool":
-            _turn(draft, "ipython", _json(message.content))
+            _turn(draft, "ipython", spelled_json(self.name, message.content))
         else:
             _turn(draft, message.role, message.content.strip(), target=_is_target(message))
 
@@ -83,7 +96,7 @@ class Llama31:
         if message.content.strip():
             inexpressible(self.name, "a turn is either text or a tool call; this one has both")
         call = message.tool_calls[0]
-        return f'{{"name": "{call.name}", "parameters": {_json(call.arguments)}}}'
+        return f'{{"name": "{call.name}", "parameters": {spelled_json(self.name, call.arguments)}}}'
 
 
 def _messages(template: str, conversation: Conversation) -> tuple[Message, ...]:
@@ -109,7 +122,3 @@ def _finished(draft: Draft, add_generation_prompt: bool) -> Rendered:
     if add_generation_prompt:
         _header(draft, "assistant")
     return draft.rendered
-
-
-def _json(value: Mapping[str, Any] | str, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -38,6 +38,17 @@ class Tokenizer(Protocol):
         """Ids of a text; `bos` puts exactly one BOS first, `allow_special` lets the spelling of a control token be one."""
         ...
 
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = True, allow_special: bool = False) -> list[list[int]]:
+        """`encode` of every text, by the threads of the library, without the interpreter's lock."""
+        ...
+
+    def encode_spans(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids without BOS, and the characters that each was read from, as [begin, end).
+
+        Tokens that share a character have overlapping spans; a blank that the tokenizer puts first counts to what follows.
+        """
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens and ids beyond the vocabulary are left out."""
         ...

@@ -28,10 +28,21 @@ class TokenizerJson:
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        require_characters(text)
+        return self.encode_batch([text], bos=bos, allow_special=allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = True, allow_special: bool = False) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        for text in texts:
+            require_characters(text)
         reader = self.special if allow_special else self.plain
-        ids = reader.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        first = [self.bos_id] if bos and self.bos_id is not None else []
+        return [first + e.ids for e in reader.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_spans(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Tokenizer.encode_spans`."""
+        require_characters(text)
+        encoding = (self.special if allow_special else self.plain).encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""

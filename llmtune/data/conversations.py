@@ -40,6 +40,9 @@ def turns_conversation(row: Row, name: str, columns: Columns) -> Conversation:
     turns = _turns(row, TURNS[name], columns)
     if "completion" in columns:
         turns = (*turns, *_answer(row, columns))
+    elif turns[-1].role != "assistant" and column(row, "chosen", columns) is not ABSENT:
+        said = "a row of preferences: data.columns {completion: chosen} trains on the answers that were chosen"
+        raise BadRow(row.where, said, "preferences")
     system = optional_text(row, "system", columns)
     if system and turns[0].role != "system":
         turns = (Message("system", system), *turns)

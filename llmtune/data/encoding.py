@@ -21,10 +21,15 @@ class Parts:
     targets: tuple[bool, ...]
     cut: Cut = "end"
 
-    @property
-    def size(self) -> int:
-        """Characters."""
-        return sum(map(len, self.texts))
+
+Draft = Example | Parts | Conversation
+
+
+def size_of(draft: Draft) -> int:
+    """Characters of a draft, so that batches stay small in memory; ids that are there already weigh nothing."""
+    if isinstance(draft, Parts):
+        return sum(map(len, draft.texts))
+    return sum(len(turn.content) for turn in draft.messages) if isinstance(draft, Conversation) else 0
 
 
 @dataclass(frozen=True)
@@ -35,36 +40,37 @@ class Encoder:
     template: ChatTemplate | None
     pretrain: bool
 
-    def encode(self, drafts: Sequence[tuple[Example | Parts | Conversation, str]]) -> Iterator[Example | BadRow]:
+    def encode(self, drafts: Sequence[tuple[Draft, str]]) -> Iterator[Example | BadRow]:
         """An example for each draft, or what is wrong with it, in order."""
-        parts = self._parts([draft for draft in drafts if isinstance(draft[0], Parts)])
-        for draft, where in drafts:
-            if isinstance(draft, Parts):
-                yield next(parts)
-            elif isinstance(draft, Conversation):
-                yield self._conversation(draft, where)
-            else:
+        parts = self._parts([(draft, where) for draft, where in drafts if isinstance(draft, Parts)])
+        turns = self._turns([(draft, where) for draft, where in drafts if isinstance(draft, Conversation)])
+        for draft, _ in drafts:
+            if isinstance(draft, Example):
                 yield draft
+            else:
+                yield next(parts if isinstance(draft, Parts) else turns)
 
-    def _conversation(self, conversation: Conversation, where: str) -> Example | BadRow:
-        assert self.template is not None
-        try:
-            rendered = self.template.encode(conversation)
-        except LlmtuneDataError as error:
-            return BadRow(where, str(error), "refused by the chat template")
-        ids = np.array(rendered.ids, np.int32)
-        labels = np.where(rendered.targets, ids, IGNORED).astype(np.int32)
-        if self.pretrain:
-            labels[1:] = ids[1:]
-        return Example(ids, labels, where, "end" if self.pretrain else "turn")
-
-    def _parts(self, drafts: Sequence[tuple[Parts | Example | Conversation, str]]) -> Iterator[Example]:
+    def _turns(self, drafts: Sequence[tuple[Conversation, str]]) -> Iterator[Example | BadRow]:
         if not drafts:
+            return
+        assert self.template is not None
+        rendered = self.template.encode_batch([conversation for conversation, _ in drafts])
+        for found, (_, where) in zip(rendered, drafts, strict=True):
+            if isinstance(found, LlmtuneDataError):
+                yield BadRow(where, str(found), "refused by the chat template")
+                continue
+            ids = np.array(found.ids, np.int32)
+            labels = np.where(np.array(found.targets, bool), ids, np.int32(IGNORED))
+            if self.pretrain:
+                labels[1:] = ids[1:]
+            yield Example(ids, labels, where, "end" if self.pretrain else "turn")
+
+    def _parts(self, rows: Sequence[tuple[Parts, str]]) -> Iterator[Example]:
+        if not rows:
             return
         tokenizer = self.tokenizer
         assert tokenizer is not None
-        rows = [(draft, where) for draft, where in drafts if isinstance(draft, Parts)]
-        encoded = iter(_encode_all(tokenizer, [text for draft, _ in rows for text in draft.texts]))
+        encoded = iter(tokenizer.encode_batch([text for draft, _ in rows for text in draft.texts], bos=False))
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         eos = list(tokenizer.eos_ids[:1])
         pieces: list[list[int]] = []
@@ -87,7 +93,3 @@ class Encoder:
             span = slice(at, at + length)
             yield Example(ids[span], labels[span], where, draft.cut)
             at += length
-
-
-def _encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [tokenizer.encode(text, bos=False) for text in texts]

@@ -18,13 +18,13 @@ import numpy as np
 
 from llmtune.data.columns import ABSENT, Columns, column, look_up, optional_text, text_column
 from llmtune.data.conversations import instruction_conversation, prompt_conversation, turns_conversation
-from llmtune.data.encoding import Encoder, Parts
+from llmtune.data.encoding import Draft, Encoder, Parts, size_of
 from llmtune.data.example import IGNORED, Example
 from llmtune.data.invalid import BadRow, Refuse, stop
 from llmtune.data.rows import Row
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers import Tokenizer
-from llmtune.tokenizers.conversation import ChatTemplate, Conversation
+from llmtune.tokenizers.conversation import ChatTemplate
 
 COLUMNS = {  # format: the columns that reveal it, in the order of trying
     "tokens": ("input_ids",),
@@ -36,6 +36,9 @@ COLUMNS = {  # format: the columns that reveal it, in the order of trying
     "text": ("text",),
 }
 NO_TARGET = "the row has no target token; remove it, or fill in its completion"
+BEFORE_CHOICE = (
+    "; this is a file of preferences: data.columns {completion: chosen} trains on the answer that was chosen"
+)
 NEEDS_TEMPLATE = (
     "needs a chat template, and the model has none; set data.chat_template to the name of a built-in one "
     "(llama3, llama3.1, mistral-v3, ...) or to the path of a .jinja file"
@@ -51,8 +54,6 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 21
-
-Draft = Example | Parts | Conversation
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def detect_format(row: Row, columns: Columns) -> str:
         row.where,
         f"no format has the columns {sorted(row.value)}; formats are "
         + "; ".join(f"{name} ({', '.join(needed)})" for name, needed in COLUMNS.items())
-        + "; data.columns maps other names, e.g. {prompt: question, completion: answer}",
+        + "; data.columns maps other names, e.g. {prompt: question, completion: answer}"
+        + (", or {text: chosen} for whole texts of a file of preferences" if "chosen" in row.value else ""),
         "unknown columns",
     )
 
@@ -126,7 +128,7 @@ def read_examples(rows: Iterable[Row], formatter: Formatter, refuse: Refuse = st
             refuse(error)
             continue
         batch.append((draft, row.where))
-        size += draft.size if isinstance(draft, Parts) else 2000
+        size += size_of(draft)
         if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
             yield from _encoded(batch, formatter, refuse)
             batch, size = [], 0

@@ -23,7 +23,7 @@ KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 RATIO, ALLOWANCE = 200, 64 << 20  # bytes out per byte in, after the first so many: text never packs so well
 MEMORY = 128 << 20  # of a decompressor's window
-PIECE = 1 << 20
+PIECE, SIP = 1 << 20, 1 << 11
 
 
 @dataclass(frozen=True)
@@ -166,17 +166,40 @@ class _Xz(io.RawIOBase):
         super().close()
 
 
-def _zst(path: Path) -> Any:
-    zstandard = optional("zstandard", path)
-    unpack = zstandard.ZstdDecompressor(max_window_size=MEMORY)
-    return unpack.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+@final
+class _Zst(io.RawIOBase):
+    """zstandard, fed so little at a time that what comes out fits in memory: 4 bytes can mean 128 KiB."""
+
+    def __init__(self, path: Path):
+        library = optional("zstandard", path)
+        self.new = lambda: library.ZstdDecompressor(max_window_size=MEMORY).decompressobj()
+        self.file, self.unpack, self.held = path.open("rb"), self.new(), memoryview(b"")
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; b"" at the end."""
+        while not self.held:
+            if self.unpack.eof:  # another frame may follow
+                rest = self.unpack.unused_data or self.file.read(SIP)
+                if not rest:
+                    return b""
+                self.unpack = self.new()
+            elif not (rest := self.file.read(SIP)):
+                raise EOFError("the file ends early")
+            self.held = memoryview(self.unpack.decompress(rest))
+        piece, self.held = bytes(self.held[:size]), self.held[size:]
+        return piece
+
+    def close(self) -> None:
+        """Close the file below too."""
+        self.file.close()
+        super().close()
 
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.GzipFile,
     ".bz2": bz2.BZ2File,
     ".xz": _Xz,
-    ".zst": _zst,
+    ".zst": _Zst,
 }
 
 

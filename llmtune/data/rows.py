@@ -18,7 +18,7 @@ from llmtune.data.invalid import BadRow, Refuse, stop
 from llmtune.errors import LlmtuneDataError
 
 BOM = b"\xef\xbb\xbf"
-MAX_ROW = 4 << 20
+MAX_ROW = 2 << 20
 PIECE = 1 << 20
 LARGE = f"the row is larger than {MAX_ROW >> 20} MiB; split it (text of any length may stand in a .txt file)"
 

@@ -8,7 +8,7 @@ A look at this line before training starts finds most mistakes of templates and 
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,20 +49,28 @@ def look_at(dataset: Dataset, tokenizer: Tokenizer | None, template: ChatTemplat
 def spell_row(tokenizer: Tokenizer, ids: np.ndarray, targets: np.ndarray) -> str:
     """Text of ids with control tokens spelled out and runs of targets in [[ ]]; line breaks as \\n."""
     names = {number: spelling for spelling, number in tokenizer.controls.items()}
+    pieces: list[tuple[bool, str]] = []
+    for control, run in itertools.groupby(
+        zip(ids.tolist(), targets.tolist(), strict=True), lambda own: own[0] in names
+    ):
+        pairs = list(run)
+        pieces += [(target, names[number]) for number, target in pairs] if control else _spell(tokenizer, pairs)
     parts = []
-    for target, run in itertools.groupby(range(len(ids)), key=lambda at: bool(targets[at])):
-        text = spell(tokenizer, [int(ids[at]) for at in run], names)
+    for target, run in itertools.groupby(pieces, lambda own: own[0]):
+        text = "".join(piece for _, piece in run)
         parts.append(f"[[{text}]]" if target else text)
     return "".join(parts).replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
 
 
-def spell(tokenizer: Tokenizer, ids: Sequence[int], names: dict[int, str]) -> str:
-    """Decode, control tokens by their spelling."""
-    spelled = []
-    for control, run in itertools.groupby(ids, key=lambda number: number in names):
-        numbers = list(run)
-        spelled += [names[number] for number in numbers] if control else [tokenizer.decode(numbers)]
-    return "".join(spelled)
+def _spell(tokenizer: Tokenizer, pairs: Sequence[tuple[int, bool]]) -> Iterator[tuple[bool, str]]:
+    """Runs of equal targets, each as what it adds to the text before it: decoded alone, it would lose its leading blank."""
+    done, ids = "", []
+    for target, run in itertools.groupby(pairs, lambda own: own[1]):
+        own = [number for number, _ in run]
+        ids += own
+        whole = tokenizer.decode(ids)
+        yield target, whole[len(done) :] if whole.startswith(done) else tokenizer.decode(own)
+        done = whole
 
 
 def _about_ends(dataset: Dataset, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[str]:

@@ -24,7 +24,7 @@ from llmtune.data.invalid import BadRow, Refuse, stop
 from llmtune.data.rows import Row
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers import Tokenizer
-from llmtune.tokenizers.conversation import ChatTemplate
+from llmtune.tokenizers.conversation import ChatTemplate, Conversation
 
 COLUMNS = {  # format: the columns that reveal it, in the order of trying
     "tokens": ("input_ids",),
@@ -124,6 +124,8 @@ def read_examples(rows: Iterable[Row], formatter: Formatter, refuse: Refuse = st
     for row in rows:
         try:
             draft = formatter.draft(row)
+            if isinstance(draft, Conversation) and not (formatter.encoder.pretrain or _has_targets(draft)):
+                raise BadRow(row.where, NO_TARGET, "no target")
         except BadRow as error:
             refuse(error)
             continue
@@ -133,6 +135,10 @@ def read_examples(rows: Iterable[Row], formatter: Formatter, refuse: Refuse = st
             yield from _encoded(batch, formatter, refuse)
             batch, size = [], 0
     yield from _encoded(batch, formatter, refuse)
+
+
+def _has_targets(conversation: Conversation) -> bool:
+    return any(turn.role == "assistant" and turn.train for turn in conversation.messages)
 
 
 def _encoded(batch: list[tuple[Draft, str]], formatter: Formatter, refuse: Refuse) -> Iterator[Example]:

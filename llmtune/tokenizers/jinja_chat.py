@@ -99,7 +99,7 @@ class JinjaChat:
         real = answer[0]
         if self._controls(masked) != self._controls(real.text):
             inexpressible(self.name, "it writes other control tokens for these contents than for any others")
-        if len(real.spans) != len(job.turns) and not all(start is not None for start in real.starts):
+        if len(real.spans) != len(job.turns) and not all(isinstance(start, int) for start in real.starts):
             inexpressible(self.name, "it changes contents; put {% generation %} around what the assistant says")
         return tokenised(self.tokenizer, real.text, [(0, len(real.text))], self._spoken(job, real, []))
 
@@ -113,7 +113,7 @@ class JinjaChat:
         for number, turn in enumerate(job.turns):
             mine = [(b, e) for b, e, owner in words if owner == turn]
             block = _block(text, number, len(job.turns), mine)
-            start = text.starts[number] if number < len(text.starts) else None
+            start = _start(job, text, number, words)
             if block is not None:
                 begin, stop = block
             elif start is None and not mine:
@@ -122,7 +122,7 @@ class JinjaChat:
                 begin = mine[0][0] if start is None else start
                 stop = max([begin, *(e for _, e in mine)])
             after = [b for b, _, owner in words if owner is not None and owner > turn and b >= stop]
-            after += [s for s in text.starts[number + 1 :] if s is not None and s >= stop]
+            after += [s for s in text.starts[number + 1 :] if isinstance(s, int) and s >= stop]
             ended = self._end(text.text, begin, stop, min(after, default=len(text.text)), anywhere=block is None)
             if job.conversation.messages[turn].train:
                 spans.append((begin, ended))
@@ -180,6 +180,22 @@ class ByTools:
 
     def _of(self, conversation: Conversation) -> JinjaChat:
         return self.with_tools if conversation.tools else self.plain
+
+
+def _start(job: _Job, text: Text, number: int, words: Sequence[tuple[int, int, int | None]]) -> int | None:
+    """Where a turn begins: after the conversation before it.
+
+    Where the template tells that differently once more turns follow (Mistral's put tools before the last user's turn), after
+    what it wrote behind the last word before the turn.
+    """
+    start = text.starts[number] if number < len(text.starts) else None
+    if not isinstance(start, str):
+        return start
+    before = [e for _, e, owner in words if owner is not None and owner < job.turns[number]]
+    behind = job.masks.behind_last(start)
+    return (
+        before[-1] + len(behind) if before and behind is not None and text.text.startswith(behind, before[-1]) else None
+    )
 
 
 def _block(text: Text, number: int, turns: int, mine: Sequence[Span]) -> Span | None:

@@ -42,12 +42,13 @@ class Render:
 class Text:
     """One rendering.
 
-    `spans` are the bodies of generation blocks; `starts` the lengths of the beginnings, None where the text begins otherwise.
+    `spans` are the bodies of generation blocks; `starts` the lengths of the beginnings, or such a beginning itself where the
+    text does not begin with it, None where the template refuses it.
     """
 
     text: str
     spans: list[tuple[int, int]]
-    starts: list[int | None]
+    starts: list[int | str | None]
 
 
 @final

@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO, ClassVar, final
 
 MEMORY = 256 * 2**20
 SECONDS = 0.75  # for a job: all renders of one conversation
@@ -48,7 +48,7 @@ def environment(marks: tuple[str, str]) -> Any:
 
     @final
     class Generation(Extension):
-        tags = frozenset({"generation"})
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -123,18 +123,21 @@ def without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[tuple[in
 
 
 def answer(template: Any, render: Mapping[str, Any], marks: tuple[str, str], size: int) -> dict[str, Any]:
-    """One rendering, and how long its beginnings are: the conversation up to each message asked for, with its prompt."""
+    """One rendering, and its beginnings: the conversation up to each message asked for, with its prompt.
+
+    A beginning is told by its length, or where the text begins otherwise, as it is; None where the template refuses it.
+    """
     variables, limit = render["variables"], OUTPUT + 16 * size
     text, spans = without_marks(rendered(template, variables, limit), marks)
-    starts: list[int | None] = []
+    starts: list[int | str | None] = []
     for stop in render["prefixes"]:
         shorter = {**variables, "messages": variables["messages"][:stop], "add_generation_prompt": True}
         try:
             prefix, _ = without_marks(rendered(template, shorter, limit), marks)
-        except Exception:  # a template may refuse a beginning; then the caller does without
+        except Exception:
             starts.append(None)
             continue
-        starts.append(len(prefix) if text.startswith(prefix) else None)
+        starts.append(len(prefix) if text.startswith(prefix) else prefix)
     return {"text": text, "spans": spans, "starts": starts}
 
 

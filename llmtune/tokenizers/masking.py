@@ -41,6 +41,11 @@ class Masks:
             return text
         return self._masked(text, None)
 
+    def behind_last(self, text: str) -> str | None:
+        """What stands behind the last word, None where there is none."""
+        parts = re.split(f"{self.prefix}x[0-9]+z", text)
+        return parts[-1] if len(parts) > 1 else None
+
     def _masked(self, text: str, owner: int | None) -> str:
         word = f"{self.prefix}x{len(self.strings)}z"
         self.strings[word], self.owners[word] = text, owner

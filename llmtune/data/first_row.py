@@ -17,7 +17,7 @@ from llmtune.data.dataset import Dataset
 from llmtune.data.example import IGNORED
 from llmtune.tokenizers import Tokenizer
 from llmtune.tokenizers.conversation import ChatTemplate
-from llmtune.tokenizers.turns import SMALLEST, end_ids
+from llmtune.tokenizers.turns import SMALLEST, chat_prompt, end_ids
 
 SHOWN, LOOKED_AT = 1200, 64  # characters of the row; rows
 MARKER = re.compile(r"<\|[A-Za-z_]+\|>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS)\]|</?s>")
@@ -107,6 +107,12 @@ def _about_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> list
         )
     if not any(rendered.targets):
         warnings.append(f"the chat template {template.name} marks nothing as said by the assistant")
+    prompt = chat_prompt(template, SMALLEST.messages[0].content)
+    if rendered.ids[: len(prompt)] != prompt:
+        warnings.append(
+            f"the chat template {template.name} does not begin an answer with the tokens of its generation prompt: the model "
+            "is asked in other tokens than it learns from (a blank or line break at the end of the prompt is the usual reason)"
+        )
     first = end_ids(tokenizer, template)[:1]
     if not set(first) <= set(tokenizer.eos_ids):
         warnings.append(

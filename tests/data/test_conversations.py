@@ -223,7 +223,7 @@ def test_a_prompt_ends_where_the_assistant_begins(chat):
         ({"instruction": "a", "output": "b", "text": "c"}, {"text": "text"}, "text"),
         ({"messages": [], "prompt": "a", "completion": "b"}, {}, "messages"),
         ({"instruction": "a", "response": "b", "context": ""}, {}, "dolly"),
-        ({"question": "a", "answers": [{"text": "b"}]}, {"prompt": "question", "completion": "answers.0.text"}, "prompt_completion"),
+        ({"q": "a", "a": [{"text": "b"}]}, {"prompt": "q", "completion": "a.0.text"}, "prompt_completion"),
         ({"a.b": "c"}, {"text": "a.b"}, "text"),
     ],
 )  # fmt: skip

@@ -15,8 +15,8 @@ from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}Question: {{ message.content }}\nAnswer: {% endif %}{% endfor %}"
+    "{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}Question: {{ message.content }}\nAnswer:{% endif %}{% endfor %}"
 )
 
 
@@ -120,7 +120,7 @@ def test_validation_takes_sources_without_weights(load, two):
     data = load(two, validation=plain)
     assert [own.key for own in data.sources] == ["data.train"] * 2 + ["data.validation"] * 2
     assert data.validation.counts.rows == 50
-    with pytest.raises(LlmtuneConfigError, match="data.validation: weights belong to training data"):
+    with pytest.raises(LlmtuneConfigError, match=r"data.validation: weights belong to training data"):
         load(two, validation=two)
 
 
@@ -138,9 +138,9 @@ def chats(path):
 
 def test_the_first_row_is_shown_with_its_targets(load, tmp_path, template):
     data = load(chats(tmp_path / "chats.jsonl"), chat_template=str(template))
-    assert data.look.text == "<s>Question: 0\\nAnswer: [[yes</s>]]" and data.look.warnings == ()
+    assert data.look.text == "<s>Question: 0\\nAnswer:[[ yes</s>]]" and data.look.warnings == ()
     assert data.look.lines == (f"first row, targets in [[ ]]: {data.look.text}",)
-    assert data.tokenizer.decode(data.prompt_ids("0")) == "Question: 0\nAnswer: "
+    assert data.tokenizer.decode(data.prompt_ids("0")) == "Question: 0\nAnswer:"
     assert data.end_ids[0] == data.tokenizer.eos_ids[0]
 
 
@@ -157,6 +157,12 @@ def test_what_is_odd_about_a_template_is_said(load, tmp_path, template, change, 
     template.write_text(CHAT.replace(*change))
     data = load(chats(tmp_path / "chats.jsonl"), chat_template=str(template))
     assert len(data.look.warnings) == 1 and said in data.look.warnings[0]
+
+
+def test_a_prompt_in_other_tokens_than_the_rows_is_said(load, tmp_path, template):
+    template.write_text(CHAT.replace("Answer:", "Answer: ").replace("%} {{", "%}{{"))
+    (warning,) = load(chats(tmp_path / "chats.jsonl"), chat_template=str(template)).look.warnings
+    assert "asked in other tokens than it learns from (a blank or line break at the end" in warning
 
 
 def test_an_end_of_turn_that_the_model_does_not_know_is_said(load, tmp_path, assets):

@@ -27,7 +27,7 @@ def largest(pid, peak, stop):
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:
             return
-        peak.append(max(int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "VmPeak"))))
+        peak.extend(int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "VmPeak")))
         time.sleep(0.01)
 
 
@@ -36,11 +36,8 @@ def test_there_are_at_least_20():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_it_is_stopped(name, tmp_path, monkeypatch):
+def test_it_is_stopped(name, tmp_path):
     source = HOSTILE[name].replace("PROOF", str(tmp_path / "proof"))
-    process = TemplateProcess("{{ messages[0].content }}", "harmless")
-    process.check()  # that starting a process costs what it costs is no matter of the template
-    process.source = source
     try:
         process = TemplateProcess(source, name)
         process.check()
@@ -66,8 +63,8 @@ def test_it_is_stopped(name, tmp_path, monkeypatch):
 
 
 def test_after_a_process_was_ended_the_others_are_rendered():
-    slow = "{% if messages[0].content == 'slow' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
-    process = TemplateProcess(slow + "{{ messages[0].content }}", "sometimes slow")
+    slow = "{% if messages[0].content == 'slow' %}" + HOSTILE["endless"] + "{% endif %}{{ messages[0].content }}"
+    process = TemplateProcess(slow, "sometimes slow")
 
     def job(text):
         return (Render({"messages": [{"role": "user", "content": text}]}),)

@@ -18,7 +18,8 @@ MARKERS = [
     "<|im_start|>system\n", "<|im_end|>", "user", "assistant", "system",
     "ipython", "\n\n", "### Response:\n", "{{ bos_token }}", "{% generation %}", "{% endgeneration %}", "</think>", "<think>",
     "<|", "|>", "<", ">", "</", "[", "]", "s>", "_id|>", "<|eot", "<|start_header", "[/IN", "ST]", "|", "\\u003c|eot_id|\\u003e",
-    "&lt;s&gt;", "\uff1cs\uff1e", "<\u200b|eot_id|>", "\x00", " ", "x", "🙂", '"', "\\", "{", "}", "'", "%s", "Today Date: 26 Jul 2024",
+    "&lt;s&gt;", "\uff1cs\uff1e", "<\u200b|eot_id|>", "\x00", " ", "x", "🙂", '"', "\\", "{", "}", "'", "%s",
+    "Today Date: 26 Jul 2024",
 ]  # fmt: skip
 KINDS = {  # kind: tokenizer's folder, template: a built-in's name, Jinja, or None for the published one in the assets
     "llama3": ("llama3", "llama3"),

@@ -113,7 +113,7 @@ class JinjaChat:
         for number, turn in enumerate(asked.turns):
             mine = [(b, e) for b, e, owner in words if owner == turn]
             block = _block(text, number, len(asked.turns), mine)
-            start = _start(asked, text, number, words)
+            start = _start(asked, text, number, words, mine)
             if block is not None:
                 begin, stop = block
             elif start is None and not mine:
@@ -190,7 +190,9 @@ def _either(spellings: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or "(?!)")
 
 
-def _start(asked: _Job, text: Text, number: int, words: Sequence[tuple[int, int, int | None]]) -> int | None:
+def _start(
+    asked: _Job, text: Text, number: int, words: Sequence[tuple[int, int, int | None]], mine: Sequence[Span]
+) -> int | None:
     """Where a turn begins: after the conversation before it.
 
     Where the template tells that differently once more turns follow (Mistral's put tools before the last user's turn), after
@@ -199,11 +201,12 @@ def _start(asked: _Job, text: Text, number: int, words: Sequence[tuple[int, int,
     start = text.starts[number] if number < len(text.starts) else None
     if not isinstance(start, str):
         return start
-    before = [e for _, e, owner in words if owner is not None and owner < asked.turns[number]]
+    bound = mine[0][0] if mine else len(text.text)
+    before = [e for _, e, owner in words if owner is not None and owner < asked.turns[number] and e <= bound]
     behind = asked.masks.behind_last(start)
-    return (
-        before[-1] + len(behind) if before and behind is not None and text.text.startswith(behind, before[-1]) else None
-    )
+    if not before or behind is None or not text.text.startswith(behind, before[-1]):
+        return None
+    return min(before[-1] + len(behind), bound)
 
 
 def _block(text: Text, number: int, turns: int, mine: Sequence[Span]) -> Span | None:

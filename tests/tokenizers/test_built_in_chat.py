@@ -9,6 +9,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.tokenizers import load_chat_template, load_tokenizer
 from llmtune.tokenizers.conversation import Message, ToolCall
+from llmtune.tokenizers.lint import marked
 from tests.tokenizers.conversations import (
     MULTI,
     ONE_TOOL,
@@ -22,7 +23,6 @@ from tests.tokenizers.conversations import (
     call,
     for_mistral_common,
     for_transformers,
-    marked,
     said,
 )
 

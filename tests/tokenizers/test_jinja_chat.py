@@ -9,6 +9,7 @@ import pytest
 from llmtune.errors import LlmtuneDataError, LlmtuneFormatError
 from llmtune.tokenizers import load_chat_template, load_tokenizer
 from llmtune.tokenizers.conversation import Message
+from llmtune.tokenizers.lint import marked
 from tests.tokenizers.conversations import (
     MULTI,
     ONE_TOOL,
@@ -20,7 +21,6 @@ from tests.tokenizers.conversations import (
     UNTRAINED,
     call,
     for_transformers,
-    marked,
     said,
 )
 from tests.tokenizers.templates import (

@@ -5,14 +5,15 @@ character is whose, and a control token counts only where each of its characters
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers.conversation import Conversation, Rendered
-from llmtune.tokenizers.draft import inexpressible, spelled_json
-from llmtune.tokenizers.jinja_process import Failure, Render, TemplateProcess, Text
+from llmtune.tokenizers.draft import inexpressible
+from llmtune.tokenizers.jinja_process import Failure, Render, TemplateProcess, Text, job
 from llmtune.tokenizers.masking import Masks, aligned, in_real, variables
 from llmtune.tokenizers.own_text import tokenised
 from llmtune.tokenizers.protocol import Tokenizer
@@ -50,10 +51,10 @@ class JinjaChat:
 
     def _group(self, group: Sequence[Conversation], prompt: bool) -> Iterator[Rendered | LlmtuneDataError]:
         asked = [self._job(conversation, prompt) for conversation in group]
-        answers = iter(self.process.render([job.renders for job in asked if isinstance(job, _Job)]))
-        for job in asked:
+        answers = iter(self.process.render([one.spelled for one in asked if isinstance(one, _Job)]))
+        for one in asked:
             try:
-                yield job if isinstance(job, LlmtuneDataError) else self._rendered(job, next(answers))
+                yield one if isinstance(one, LlmtuneDataError) else self._rendered(one, next(answers))
             except LlmtuneDataError as error:
                 yield error
 
@@ -64,56 +65,55 @@ class JinjaChat:
         try:
             masked = variables(conversation, masks.of_message, masks.of_tools) | more
             real = variables(conversation, lambda _: str, str) | more
-            sendable = Render(masked, tuple(turns[:TURNS])), Render(real)
-            for render in sendable:
-                spelled_json(self.name, render.variables)
-        except RecursionError:
-            return LlmtuneDataError(f"chat template {self.name}: the conversation is nested too deeply")
-        except LlmtuneDataError as error:
-            return error
-        return _Job(conversation, masks, turns, sendable)
+            starts = tuple(turns[:TURNS])
+            spelled = job(Render(masked, starts), Render(real))
+        except (TypeError, ValueError, RecursionError) as error:
+            why = "is nested too deeply" if isinstance(error, RecursionError) else "holds what is no JSON"
+            return LlmtuneDataError(f"chat template {self.name}: the conversation {why}")
+        return _Job(conversation, masks, turns, Render(real, starts), spelled)
 
-    def _rendered(self, job: "_Job", answer: list[Text] | Failure) -> Rendered:
+    def _rendered(self, asked: "_Job", answer: list[Text] | Failure) -> Rendered:
         if isinstance(answer, Failure):
             inexpressible(self.name, answer.why)
         masked, real = answer
-        pieces = aligned(masked.text, real.text, job.masks)
+        pieces = aligned(masked.text, real.text, asked.masks)
         if pieces is None:
-            return self._transformed(job, masked.text)
+            return self._transformed(asked, masked.text)
         own = [(p.begin, p.end) for p in pieces if p.word is None]
-        words = [(p.masked, p.masked + len(p.word), job.masks.owners[p.word]) for p in pieces if p.word is not None]
-        spoken = self._spoken(job, masked, words)
+        words = [(p.masked, p.masked + len(p.word), asked.masks.owners[p.word]) for p in pieces if p.word is not None]
+        spoken = self._spoken(asked, masked, words)
         return tokenised(self.tokenizer, real.text, own, [(in_real(b, pieces), in_real(e, pieces)) for b, e in spoken])
 
-    def _transformed(self, job: "_Job", masked: str) -> Rendered:
+    def _transformed(self, asked: "_Job", masked: str) -> Rendered:
         """A template that changes contents: accepted where no content spells a control token and it adds none for them."""
-        spelling = re.compile("|".join(map(re.escape, self.tokenizer.controls)) or "(?!)")
-        found = next((m[0] for text in job.masks.strings.values() for m in spelling.finditer(text)), None)
+        spelling = _either(self.tokenizer.controls)
+        found = next((m[0] for text in asked.masks.strings.values() for m in spelling.finditer(text)), None)
         if found is not None:
             inexpressible(
                 self.name, f"it changes contents, and one of them spells {found}: safe only where they stay as they are"
             )
-        answer = self.process.render([(Render(job.renders[1].variables, job.renders[0].prefixes),)])[0]
+        answer = self.process.render([job(asked.real)])[0]
         if isinstance(answer, Failure):
             inexpressible(self.name, answer.why)
         real = answer[0]
         if self._controls(masked) != self._controls(real.text):
             inexpressible(self.name, "it writes other control tokens for these contents than for any others")
-        if len(real.spans) != len(job.turns) and not all(isinstance(start, int) for start in real.starts):
+        known = [start for start in real.starts if isinstance(start, int)]
+        if len(asked.turns) not in (len(real.spans), len(known)):
             inexpressible(self.name, "it changes contents; put {% generation %} around what the assistant says")
-        return tokenised(self.tokenizer, real.text, [(0, len(real.text))], self._spoken(job, real, []))
+        return tokenised(self.tokenizer, real.text, [(0, len(real.text))], self._spoken(asked, real, []))
 
     def _controls(self, text: str) -> list[int]:
         known = set(self.tokenizer.controls.values())
         return [i for i in self.tokenizer.encode(text, bos=False, allow_special=True) if i in known]
 
-    def _spoken(self, job: "_Job", text: Text, words: Sequence[tuple[int, int, int | None]]) -> list[Span]:
+    def _spoken(self, asked: "_Job", text: Text, words: Sequence[tuple[int, int, int | None]]) -> list[Span]:
         """What the assistant says in its trained turns: from where its turn begins to the token that ends it."""
         spans: list[Span] = []
-        for number, turn in enumerate(job.turns):
+        for number, turn in enumerate(asked.turns):
             mine = [(b, e) for b, e, owner in words if owner == turn]
-            block = _block(text, number, len(job.turns), mine)
-            start = _start(job, text, number, words)
+            block = _block(text, number, len(asked.turns), mine)
+            start = _start(asked, text, number, words, mine)
             if block is not None:
                 begin, stop = block
             elif start is None and not mine:
@@ -124,18 +124,21 @@ class JinjaChat:
             after = [b for b, _, owner in words if owner is not None and owner > turn and b >= stop]
             after += [s for s in text.starts[number + 1 :] if isinstance(s, int) and s >= stop]
             ended = self._end(text.text, begin, stop, min(after, default=len(text.text)), anywhere=block is None)
-            if job.conversation.messages[turn].train:
+            if asked.conversation.messages[turn].train:
                 spans.append((begin, ended))
         return spans
 
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        return _either(
+            n for n, token in self.tokenizer.controls.items() if n in ENDS or token in self.tokenizer.eos_ids
+        )
+
     def _end(self, text: str, begin: int, stop: int, bound: int, *, anywhere: bool) -> int:
         """The end of the token that ends a turn whose contents end at `stop`; `stop` where there is none."""
-        ids = self.tokenizer.controls
-        ends = [name for name, token in ids.items() if name in ENDS or token in self.tokenizer.eos_ids]
-        pattern = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
-        if not anywhere and any(text.endswith(name, begin, stop) for name in ends):
+        if not anywhere and any(found.end() == stop for found in self._ends.finditer(text, begin, stop)):
             return stop
-        found = pattern.search(text, stop, bound) if anywhere else pattern.match(text, stop)
+        found = self._ends.search(text, stop, bound) if anywhere else self._ends.match(text, stop)
         return found.end() if found else stop
 
 
@@ -145,7 +148,8 @@ class _Job:
     conversation: Conversation
     masks: Masks
     turns: list[int]
-    renders: tuple[Render, Render]  # masked, real
+    real: Render
+    spelled: str  # the masked rendering and the real one
 
 
 @final
@@ -182,7 +186,13 @@ class ByTools:
         return self.with_tools if conversation.tools else self.plain
 
 
-def _start(job: _Job, text: Text, number: int, words: Sequence[tuple[int, int, int | None]]) -> int | None:
+def _either(spellings: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or "(?!)")
+
+
+def _start(
+    asked: _Job, text: Text, number: int, words: Sequence[tuple[int, int, int | None]], mine: Sequence[Span]
+) -> int | None:
     """Where a turn begins: after the conversation before it.
 
     Where the template tells that differently once more turns follow (Mistral's put tools before the last user's turn), after
@@ -191,11 +201,12 @@ def _start(job: _Job, text: Text, number: int, words: Sequence[tuple[int, int, i
     start = text.starts[number] if number < len(text.starts) else None
     if not isinstance(start, str):
         return start
-    before = [e for _, e, owner in words if owner is not None and owner < job.turns[number]]
-    behind = job.masks.behind_last(start)
-    return (
-        before[-1] + len(behind) if before and behind is not None and text.text.startswith(behind, before[-1]) else None
-    )
+    bound = mine[0][0] if mine else len(text.text)
+    before = [e for _, e, owner in words if owner is not None and owner < asked.turns[number] and e <= bound]
+    behind = asked.masks.behind_last(start)
+    if not before or behind is None or not text.text.startswith(behind, before[-1]):
+        return None
+    return min(before[-1] + len(behind), bound)
 
 
 def _block(text: Text, number: int, turns: int, mine: Sequence[Span]) -> Span | None:

@@ -59,6 +59,11 @@ class Failure:
     why: str
 
 
+def job(*renders: Render) -> str:
+    """Renders that share the time of one job; TypeError, ValueError or RecursionError where variables are no JSON."""
+    return json.dumps([{"variables": render.variables, "prefixes": render.prefixes} for render in renders])
+
+
 @final
 class TemplateProcess:
     """One template and the process that renders it. Threads may share it; they take turns."""
@@ -74,20 +79,19 @@ class TemplateProcess:
         with self._lock:
             self._started()
 
-    def render(self, jobs: Sequence[Sequence[Render]]) -> list[list[Text] | Failure]:
-        """An answer for every job, in order. A job that outruns its limits ends the process and is a Failure."""
-        spelled = [json.dumps([[r.__dict__ for r in job]])[1:-1] for job in jobs]
+    def render(self, jobs: Sequence[str]) -> list[list[Text] | Failure]:
+        """An answer for every `job`, in order. One that outruns its limits ends the process and is a Failure."""
         answers: list[list[Text] | Failure] = []
         with self._lock:
             while len(answers) < len(jobs):
-                stop, size = len(answers) + 1, len(spelled[len(answers)])
-                while stop < len(jobs) and size + len(spelled[stop]) <= FRAME:
-                    size += len(spelled[stop])
+                stop, size = len(answers) + 1, len(jobs[len(answers)])
+                while stop < len(jobs) and size + len(jobs[stop]) <= FRAME:
+                    size += len(jobs[stop])
                     stop += 1
-                answers += self._answers(spelled[len(answers) : stop])
+                answers += self._answers(jobs[len(answers) : stop])
         return answers
 
-    def _answers(self, jobs: list[str]) -> list[list[Text] | Failure]:
+    def _answers(self, jobs: Sequence[str]) -> list[list[Text] | Failure]:
         """Of as many jobs as the process survives, the one that ended it included."""
         worker = self._started()
         answers: list[list[Text] | Failure] = []

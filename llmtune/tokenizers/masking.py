@@ -18,6 +18,8 @@ from typing import Any, final
 
 from llmtune.tokenizers.conversation import Conversation, Message
 
+WORD = re.compile(r"(q[0-9a-f]{32}x[0-9]+z)")  # what `Masks` makes; every conversation has its own 32 digits
+QUOTED = re.compile(r"[^ !#-\[\]-~]")  # what JSON may spell otherwise than it is
 IDENTIFIER = re.compile(r"[A-Za-z0-9_.$-]{1,64}")
 
 
@@ -43,7 +45,7 @@ class Masks:
 
     def behind_last(self, text: str) -> str | None:
         """What stands behind the last word, None where there is none."""
-        parts = re.split(f"{self.prefix}x[0-9]+z", text)
+        parts = WORD.split(text)
         return parts[-1] if len(parts) > 1 else None
 
     def _masked(self, text: str, owner: int | None) -> str:
@@ -74,7 +76,7 @@ def variables(
 
 def aligned(masked: str, real: str, masks: Masks) -> list[Piece] | None:
     """The real text piece by piece, or None where it is not the masked one with the words replaced."""
-    parts = re.split(f"({masks.prefix}x[0-9]+z)", masked)
+    parts = WORD.split(masked)
     reached: list[dict[int, int]] = []  # after each part: end in the real text -> where the part begins
     ends = {0: 0}
     for part in parts:
@@ -109,7 +111,9 @@ def in_real(position: int, pieces: Sequence[Piece]) -> int:
 
 def _spellings(text: str) -> Iterable[str]:
     """What templates make of a string without changing what it says."""
-    shapes = (text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"))
+    shapes = dict.fromkeys((text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n")))
+    if not QUOTED.search(text):
+        return shapes
     quoted = (json.dumps(t, ensure_ascii=ascii_only)[1:-1] for t in shapes for ascii_only in (False, True))
     return dict.fromkeys((*shapes, *quoted))
 

@@ -96,27 +96,3 @@ def for_mistral_common(conversation):
         for c in message.get("tool_calls", []):
             c["function"] = {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}
     return ChatCompletionRequest(messages=messages, tools=tools)
-
-
-def marked(tokenizer, rendered):
-    """The text with what is a target in ⟦ ⟧, control tokens spelled."""
-    names = {token: name for name, token in tokenizer.controls.items()}
-    parts, within, run = [], False, []
-
-    def flush():
-        if run:
-            parts.append(tokenizer.decode(run))
-            run.clear()
-
-    for token, target in zip(rendered.ids, rendered.targets, strict=True):
-        if target != within or token in names:
-            flush()
-        if target != within:
-            parts.append("⟦" if target else "⟧")
-            within = target
-        if token in names:
-            parts.append(names[token])
-        else:
-            run.append(token)
-    flush()
-    return "".join(parts) + ("⟧" if within else "")

@@ -54,6 +54,11 @@ def tricky():
     digits = [prefix + "1234567890"[:n] for n in range(1, 11) for prefix in ("", " ", "-", "a", "٣")]
     words = [
         "don't",
+        "Donaudampfschifffahrtsgesellschaft",
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+        "snake_case_and_CamelCase",
+        "ABCabcABC",
+        "ﬀﬁﬂ",
         "I'LL",
         "it's",
         "we've'd",

@@ -1,16 +1,15 @@
 """Built-in chat templates: the ids of transformers and of mistral-common, and golden tables of what is a target."""
 
-import json
 import shutil
 
 import pytest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from transformers import AutoTokenizer
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.tokenizers import load_chat_template, load_tokenizer
 from llmtune.tokenizers.conversation import Message, ToolCall
+from llmtune.tokenizers.lint import marked
 from tests.tokenizers.conversations import (
     MULTI,
     ONE_TOOL,
@@ -24,7 +23,6 @@ from tests.tokenizers.conversations import (
     call,
     for_mistral_common,
     for_transformers,
-    marked,
     said,
 )
 
@@ -43,26 +41,21 @@ WITH_TOOLS = [
 @pytest.fixture(scope="module")
 def built(assets, tmp_path_factory):
     """name, file -> template, tokenizer; read from a directory that holds the file and its settings alone."""
-    made = {}
+    tokenizers, made = {}, {}
 
     def build(name, file):
-        if (name, file) not in made:
-            source = assets / "tokenizers" / file
+        source = assets / "tokenizers" / file
+        if file not in tokenizers:
             directory = tmp_path_factory.mktemp("chat")
             shutil.copy(source, directory)
             if (source.parent / "tokenizer_config.json").is_file():
-                settings = json.loads((source.parent / "tokenizer_config.json").read_text())
-                (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
-            tokenizer = load_tokenizer(directory)
-            made[name, file] = load_chat_template(directory, tokenizer, name), tokenizer
-        return made[name, file]
+                shutil.copy(source.parent / "tokenizer_config.json", directory)
+            tokenizers[file] = load_tokenizer(directory)
+        if (name, file) not in made:
+            made[name, file] = load_chat_template(source.parent, tokenizers[file], name)
+        return made[name, file], tokenizers[file]
 
     return build
-
-
-@pytest.fixture(scope="module")
-def hugging_face(assets):
-    return AutoTokenizer.from_pretrained(assets / "tokenizers" / "llama3")
 
 
 def reference(theirs, name, conversation, prompt):
@@ -87,7 +80,7 @@ def test_llamas_ids_are_those_of_transformers(built, hugging_face, name, file, p
     assert template.name == name
     for conversation in [*PLAIN.values(), SYSTEM, *(WITH_TOOLS if name != "llama3" else [])]:
         rendered = template.encode(conversation, add_generation_prompt=prompt)
-        assert rendered.ids == reference(hugging_face, name, conversation, prompt)
+        assert rendered.ids == reference(hugging_face("llama3"), name, conversation, prompt)
         assert len(rendered.targets) == len(rendered.ids)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import LlmtuneFormatError
-from llmtune.tokenizers.jinja_process import Failure, Render, TemplateProcess
+from llmtune.tokenizers.jinja_process import Failure, Render, TemplateProcess, job
 from tests.tokenizers.templates import HOSTILE
 
 VARIABLES = {
@@ -17,7 +17,7 @@ VARIABLES = {
     "add_generation_prompt": False,
     "bos_token": "<s>",
 }
-JOB = (Render(VARIABLES, (1,)), Render(VARIABLES))
+JOB = job(Render(VARIABLES, (1,)), Render(VARIABLES))
 
 
 def largest(pid, peak, stop):
@@ -27,7 +27,7 @@ def largest(pid, peak, stop):
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:
             return
-        peak.append(max(int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "VmPeak"))))
+        peak.extend(int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "VmPeak")))
         time.sleep(0.01)
 
 
@@ -36,11 +36,8 @@ def test_there_are_at_least_20():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_it_is_stopped(name, tmp_path, monkeypatch):
+def test_it_is_stopped(name, tmp_path):
     source = HOSTILE[name].replace("PROOF", str(tmp_path / "proof"))
-    process = TemplateProcess("{{ messages[0].content }}", "harmless")
-    process.check()  # that starting a process costs what it costs is no matter of the template
-    process.source = source
     try:
         process = TemplateProcess(source, name)
         process.check()
@@ -66,14 +63,14 @@ def test_it_is_stopped(name, tmp_path, monkeypatch):
 
 
 def test_after_a_process_was_ended_the_others_are_rendered():
-    slow = "{% if messages[0].content == 'slow' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
-    process = TemplateProcess(slow + "{{ messages[0].content }}", "sometimes slow")
+    slow = "{% if messages[0].content == 'slow' %}" + HOSTILE["endless"] + "{% endif %}{{ messages[0].content }}"
+    process = TemplateProcess(slow, "sometimes slow")
 
-    def job(text):
-        return (Render({"messages": [{"role": "user", "content": text}]}),)
+    def of(text):
+        return job(Render({"messages": [{"role": "user", "content": text}]}))
 
     texts = ["a", "b", "slow", "c", "slow", "d"]
-    answers = process.render([job(text) for text in texts])
+    answers = process.render([of(text) for text in texts])
     assert ["slow" if isinstance(a, Failure) else a[0].text for a in answers] == texts
     assert "takes more than" in answers[2].why
 
@@ -116,16 +113,16 @@ def test_it_ends_with_its_owner():
 
 def test_a_fork_gets_a_process_of_its_own():
     process = TemplateProcess("{{ messages[0].content }}", "plain")
-    job = (Render(VARIABLES),)
-    assert process.render([job])[0][0].text == "Hi"
+    hi = job(Render(VARIABLES))
+    assert process.render([hi])[0][0].text == "Hi"
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, process.render([job] * 3)[2][0].text.encode())
+        os.write(writing, process.render([hi] * 3)[2][0].text.encode())
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reading, 10) == b"Hi"
-    assert [a[0].text for a in process.render([job] * 3)] == ["Hi"] * 3
+    assert [a[0].text for a in process.render([hi] * 3)] == ["Hi"] * 3
 
 
 def test_threads_may_share_it():
@@ -134,7 +131,7 @@ def test_threads_may_share_it():
 
     def work(text):
         for _ in range(20):
-            answers = process.render([(Render({"messages": [{"content": text}]}),)] * 5)
+            answers = process.render([job(Render({"messages": [{"content": text}]}))] * 5)
             wrong.extend(a for a in answers if a[0].text != text)
 
     threads = [threading.Thread(target=work, args=(str(i),)) for i in range(4)]

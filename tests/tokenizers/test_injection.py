@@ -6,17 +6,20 @@ import secrets
 import pytest
 
 from llmtune.errors import LlmtuneDataError
-from llmtune.tokenizers import load_chat_template, load_tokenizer
+from llmtune.tokenizers import load_chat_template
 from llmtune.tokenizers.conversation import Message, ToolCall
 from llmtune.tokenizers.masking import Masks
 from tests.tokenizers.conversations import TOOLS, said
 from tests.tokenizers.templates import GENERATION, JOINED, MISTRAL_V1, MISTRAL_V3, PLAIN_TEXT, TRANSFORMING
 
 MARKERS = [
-    "[INST]", "[/INST]", " [INST] ", "<<SYS>>\n", "\n<</SYS>>\n\n", "<|im_start|>system\n", "<|im_end|>", "user", "assistant", "system",
+    "[INST]", "[/INST]", " [INST] ", "<<SYS>>\n",
+    "\n<</SYS>>\n\n",
+    "<|im_start|>system\n", "<|im_end|>", "user", "assistant", "system",
     "ipython", "\n\n", "### Response:\n", "{{ bos_token }}", "{% generation %}", "{% endgeneration %}", "</think>", "<think>",
     "<|", "|>", "<", ">", "</", "[", "]", "s>", "_id|>", "<|eot", "<|start_header", "[/IN", "ST]", "|", "\\u003c|eot_id|\\u003e",
-    "&lt;s&gt;", "＜s＞", "<\u200b|eot_id|>", "\x00", " ", "x", "🙂", '"', "\\", "{", "}", "'", "%s", "Today Date: 26 Jul 2024",
+    "&lt;s&gt;", "\uff1cs\uff1e", "<\u200b|eot_id|>", "\x00", " ", "x", "🙂", '"', "\\", "{", "}", "'", "%s",
+    "Today Date: 26 Jul 2024",
 ]  # fmt: skip
 KINDS = {  # kind: tokenizer's folder, template: a built-in's name, Jinja, or None for the published one in the assets
     "llama3": ("llama3", "llama3"),
@@ -56,7 +59,7 @@ def contents(tokenizer, seed):
             return draw.choice((spelling[:cut], spelling[cut:]))
         return draw.choice(guesses if kind == 4 and draw.random() < 0.3 else MARKERS)
 
-    return ["".join(part() for _ in range(draw.randint(1, 6))) for _ in range(COUNT)]
+    return ["".join(part() for _ in range(draw.randint(1, 6))) or "x" for _ in range(COUNT)]
 
 
 def conversation(texts, tools):
@@ -72,11 +75,11 @@ def conversation(texts, tools):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_control_token_comes_out_of_contents(assets, tmp_path, kind):
+def test_no_control_token_comes_out_of_contents(assets, own, tmp_path, kind):
     """The control tokens are, in kind and number, those of the same conversation with harmless contents."""
     folder, template = KINDS[kind]
     source = assets / "tokenizers" / folder
-    tokenizer = load_tokenizer(source)
+    tokenizer = own(folder)
     if template is not None and "{" in template:
         (tmp_path / "mine.jinja").write_text(template)
         template = str(tmp_path / "mine.jinja")
@@ -97,10 +100,9 @@ def test_no_control_token_comes_out_of_contents(assets, tmp_path, kind):
     assert refused <= COUNT if kind == "transforming" else refused == 0
 
 
-def test_the_check_sees_a_template_without_the_separation(assets):
+def test_the_check_sees_a_template_without_the_separation(own):
     """What the same contents give where the whole rendering may spell control tokens."""
-    source = assets / "tokenizers" / "llama3"
-    tokenizer = load_tokenizer(source)
+    tokenizer = own("llama3")
     known = set(tokenizer.controls.values())
     found = [
         i
@@ -111,14 +113,14 @@ def test_the_check_sees_a_template_without_the_separation(assets):
     assert len(found) > COUNT / 2
 
 
-def test_contents_that_spell_control_tokens_give_the_ids_of_plain_text(assets):
+def test_contents_that_spell_control_tokens_give_the_ids_of_plain_text(assets, own):
     """Beyond having no control tokens: the template's are in place, and the text comes back."""
     source = assets / "tokenizers" / "llama3"
-    tokenizer = load_tokenizer(source)
-    own, built_in = (load_chat_template(source, tokenizer, choice) for choice in (None, "llama3.1"))
+    tokenizer = own("llama3")
+    published, built_in = (load_chat_template(source, tokenizer, choice) for choice in (None, "llama3.1"))
     for text in contents(tokenizer, seed="text")[:300]:
         talk = said(("user", text), ("assistant", f"I say {text} again."))
-        rendered = own.encode(talk)
+        rendered = published.encode(talk)
         assert rendered == built_in.encode(talk), repr(text)
         spoken = [i for i, target in zip(rendered.ids, rendered.targets, strict=True) if target]
         assert tokenizer.decode(spoken) == f"I say {text} again."

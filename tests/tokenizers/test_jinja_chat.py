@@ -5,11 +5,11 @@ import shutil
 from functools import partial
 
 import pytest
-from transformers import AutoTokenizer
 
 from llmtune.errors import LlmtuneDataError, LlmtuneFormatError
 from llmtune.tokenizers import load_chat_template, load_tokenizer
 from llmtune.tokenizers.conversation import Message
+from llmtune.tokenizers.lint import marked
 from tests.tokenizers.conversations import (
     MULTI,
     ONE_TOOL,
@@ -21,7 +21,6 @@ from tests.tokenizers.conversations import (
     UNTRAINED,
     call,
     for_transformers,
-    marked,
     said,
 )
 from tests.tokenizers.templates import (
@@ -51,16 +50,14 @@ CASES = {  # kind: folder, template (None: the published one in the assets), con
 
 
 @pytest.fixture(scope="module")
-def loaded(assets, tmp_path_factory):
+def loaded(assets, own, hugging_face, tmp_path_factory):
     """kind -> template, tokenizer, and the reference's encoding of a conversation with the same template."""
-    tokenizers, made = {}, {}
+    made = {}
 
     def load(kind, folder=None, template=None):
         folder, template, _ = CASES.get(kind, (folder, template, []))
         source = assets / "tokenizers" / folder
-        if folder not in tokenizers:
-            tokenizers[folder] = load_tokenizer(source), AutoTokenizer.from_pretrained(source)
-        tokenizer, theirs = tokenizers[folder]
+        tokenizer, theirs = own(folder), hugging_face(folder)
         if kind not in made:
             choice = None
             if template is not None:

@@ -106,7 +106,7 @@ REAL = [
     ("lf_dpo_en_demo.json", {"columns": {"completion": "chosen"}}),
     ("lf_c4_demo.jsonl", {}),
     ("alpaca_seed_tasks.jsonl", {"columns": {"input": "instances.0.input", "output": "instances.0.output"}}),
-    ("gsm8k_test.jsonl", {"columns": {"instruction": "question", "output": "answer"}}),
+    ("gsm8k_test.jsonl", {"columns": {"prompt": "question", "completion": "answer"}}),
     ("hh_rlhf_harmless_test_1000.jsonl", {"columns": {"text": "chosen"}}),
     ("TruthfulQA.csv", {"columns": {"prompt": "Question", "completion": "Best Answer"}}),
 ]

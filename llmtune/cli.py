@@ -9,10 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from llmtune.model import Model
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -76,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=None, metavar="P")
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text"
+    )
+    generate.add_argument("--chat", action="store_true", help="prompts are a user's turns, through the chat template")
+    generate.add_argument("--system", default=None, metavar="TEXT", help="with --chat: the system's turn before them")
+    generate.add_argument(
+        "--chat-template",
+        default=None,
+        metavar="NAME",
+        help="with --chat: a built-in one or a .jinja file, not the model's",
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="float32", metavar="D", help="of weights and compute; default float32")
@@ -154,22 +165,43 @@ def _generate(options: argparse.Namespace) -> int:
 
     from llmtune.model import load
 
+    if not options.chat and (options.system, options.chat_template) != (None, None):
+        return _refuse("--system and --chat-template belong to --chat; add it")
     console = Console(stderr=True)  # the spinner shows in a terminal only; completions alone go to stdout
     with console.status(f"reading {escape(options.model)}") as status:
         model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
         status.update(f"generating up to {options.max_new_tokens} tokens")
-        completions = model.generate(
-            options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            stop=options.stop,
-            seed=options.seed,
-        )
-    for prompt, completion in zip(options.prompt, completions, strict=True):
-        print(f"{prompt}{completion}")
+        if options.chat:
+            texts = _answers(model, options)
+        else:
+            completions = _complete(model, options.prompt, options)
+            texts = [prompt + completion for prompt, completion in zip(options.prompt, completions, strict=True)]
+    for text in texts:
+        print(text)
     return 0
+
+
+def _answers(model: "Model", options: argparse.Namespace) -> list[str]:
+    from llmtune.chat import find_template, with_ends
+    from llmtune.model import decode_completion
+    from llmtune.tokenizers.turns import chat_prompt
+
+    template = find_template(model, options.model, options.chat_template)
+    rows = [chat_prompt(template, prompt, options.system) for prompt in options.prompt]
+    completions = _complete(with_ends(model, template), rows, options)
+    return [decode_completion(model.tokenizer, *pair) for pair in zip(rows, completions, strict=True)]
+
+
+def _complete(model: "Model", prompts: list, options: argparse.Namespace) -> list:
+    return model.generate(
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=options.stop,
+        seed=options.seed,
+    )
 
 
 def _inspect(options: argparse.Namespace) -> int:

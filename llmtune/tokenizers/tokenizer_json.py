@@ -21,6 +21,7 @@ class TokenizerJson:
 
     plain: tokenizers.Tokenizer
     special: tokenizers.Tokenizer
+    controls: dict[str, int]
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -28,10 +29,21 @@ class TokenizerJson:
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        require_characters(text)
+        return self.encode_batch([text], bos=bos, allow_special=allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = True, allow_special: bool = False) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        for text in texts:
+            require_characters(text)
         reader = self.special if allow_special else self.plain
-        ids = reader.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        first = [self.bos_id] if bos and self.bos_id is not None else []
+        return [first + e.ids for e in reader.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_spans(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Tokenizer.encode_spans`."""
+        require_characters(text)
+        encoding = (self.special if allow_special else self.plain).encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -57,6 +69,7 @@ def read_tokenizer_json(directory: Path, added: AddedTokens = NONE_ADDED) -> Tok
     return TokenizerJson(
         plain,
         special,
+        {token.content: index for index, token in plain.get_added_tokens_decoder().items() if token.special},
         vocab_size=max(ids, default=-1) + 1,
         bos_id=bos_id,
         eos_ids=ending_ids(settings, plain.token_to_id, None),

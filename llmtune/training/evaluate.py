@@ -46,8 +46,9 @@ class Evaluator:
         completions = sample(
             program.bind,
             combine(state.trainable, program.frozen),
-            prompts,
+            [self.data.prompt_ids(prompt) for prompt in prompts],
             self.data.tokenizer,
+            self.data.end_ids,
             self.config,
             program.mesh,
             program.strategy,

@@ -173,7 +173,8 @@ def describe(
         display.note(
             "note: the text tower is trained; the others' tensors are carried through untouched into the export"
         )
-    for note in [*describe_vocabulary(source, vocabulary, adapted=run.adapt is not None), *data.notes]:
+    adapted = run.adapt is not None
+    for note in (*describe_vocabulary(source, vocabulary, adapted=adapted), *data.notes, *data.look.lines):
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")

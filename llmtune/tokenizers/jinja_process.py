@@ -119,7 +119,7 @@ class TemplateProcess:
             _end(worker)
             raise LlmtuneFormatError(f"chat template {self.name}: {failed}")
         self._worker, self._owner = worker, os.getpid()
-        weakref.finalize(self, _end, worker)
+        weakref.finalize(self, _close, worker, self._owner)
         return worker
 
 
@@ -163,6 +163,13 @@ def _understood(answer: dict[str, Any]) -> list[Text] | Failure:
     if "failed" in answer:
         return Failure(answer["failed"])
     return [Text(a["text"], [(b, e) for b, e in a["spans"]], a["starts"]) for a in answer["given"]]
+
+
+def _close(worker: subprocess.Popen[bytes], owner: int) -> None:
+    """End a worker that is no longer wanted, but not from a fork: there it is the parent's."""
+    if os.getpid() == owner and worker.poll() is None:
+        worker.kill()
+        _end(worker)
 
 
 def _end(worker: subprocess.Popen[bytes]) -> str:

@@ -22,7 +22,7 @@ MEMORY = 256 * 2**20
 SECONDS = 0.75  # for a job: all renders of one conversation
 # what the first rendering would import, while files can be opened
 WARM_UP = r"""{% set a = '\n' ~ "%s" % 1 %}{{ [a] | tojson | trim | upper }}{{ strftime_now('%d %b %Y') }}"""
-OUTPUT = 4 * 2**20  # characters of one rendering, besides sixteen times its input
+OUTPUT = 8 * 2**20  # characters of one rendering: more than any model reads
 
 
 def confine() -> None:
@@ -96,13 +96,13 @@ def environment(marks: tuple[str, str]) -> Any:
     return made
 
 
-def rendered(template: Any, variables: Mapping[str, Any], limit: int) -> str:
+def rendered(template: Any, variables: Mapping[str, Any]) -> str:
     """The text, given up as soon as it is too long."""
     parts, length = [], 0
     for part in template.generate(**variables):
         parts.append(part)
         length += len(part)
-        if length > limit:
+        if length > OUTPUT:
             raise OverflowError
     return "".join(parts)
 
@@ -122,18 +122,18 @@ def without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[tuple[in
     return "".join(kept), spans
 
 
-def answer(template: Any, render: Mapping[str, Any], marks: tuple[str, str], size: int) -> dict[str, Any]:
+def answer(template: Any, render: Mapping[str, Any], marks: tuple[str, str]) -> dict[str, Any]:
     """One rendering, and its beginnings: the conversation up to each message asked for, with its prompt.
 
     A beginning is told by its length, or where the text begins otherwise, as it is; None where the template refuses it.
     """
-    variables, limit = render["variables"], OUTPUT + 16 * size
-    text, spans = without_marks(rendered(template, variables, limit), marks)
+    variables = render["variables"]
+    text, spans = without_marks(rendered(template, variables), marks)
     starts: list[int | str | None] = []
     for stop in render["prefixes"]:
         shorter = {**variables, "messages": variables["messages"][:stop], "add_generation_prompt": True}
         try:
-            prefix, _ = without_marks(rendered(template, shorter, limit), marks)
+            prefix, _ = without_marks(rendered(template, shorter), marks)
         except Exception:
             starts.append(None)
             continue
@@ -149,7 +149,7 @@ def guarded(work: Callable[[], Any]) -> dict[str, Any]:
     except MemoryError:
         return {"failed": f"it needs more than {MEMORY // 2**20} MiB of memory"}
     except OverflowError:
-        return {"failed": "its output is too long"}
+        return {"failed": f"its output is longer than {OUTPUT} characters"}
     except RecursionError:
         return {"failed": "it nests too deeply"}
     except Exception as error:
@@ -160,13 +160,12 @@ def guarded(work: Callable[[], Any]) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def read(stream: BinaryIO) -> tuple[Any, int] | None:
-    """The next frame and its length; None at the end."""
+def read(stream: BinaryIO) -> Any:
+    """The next frame; None at the end."""
     head = stream.read(4)
     if len(head) < 4:
         return None
-    size = struct.unpack(">I", head)[0]
-    return json.loads(stream.read(size)), size
+    return json.loads(stream.read(struct.unpack(">I", head)[0]))
 
 
 def write(stream: BinaryIO, value: Any) -> None:
@@ -183,22 +182,19 @@ def main() -> None:
     made.from_string(WARM_UP).render()
     confine()
     inward, outward = sys.stdin.buffer, sys.stdout.buffer
-    first = read(inward)
-    if first is None:
+    source = read(inward)
+    if source is None:
         return
     template = None
 
     def compile_it() -> None:
         nonlocal template
-        template = made.from_string(first[0])
+        template = made.from_string(source)
 
     write(outward, guarded(compile_it))
-    while (frame := read(inward)) is not None:
-        jobs, size = frame
+    while (jobs := read(inward)) is not None:
         for job in jobs:
-            write(
-                outward, guarded(lambda job=job, size=size: [answer(template, render, marks, size) for render in job])
-            )
+            write(outward, guarded(lambda job=job: [answer(template, render, marks) for render in job]))
 
 
 if __name__ == "__main__":

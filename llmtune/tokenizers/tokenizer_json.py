@@ -29,7 +29,8 @@ class TokenizerJson:
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self.encode_batch([text], bos=bos, allow_special=allow_special)[0]
+        ids, _ = self.encode_spans(text, allow_special=allow_special)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool = True, allow_special: bool = False) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""

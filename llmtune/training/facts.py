@@ -14,6 +14,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 from types import TracebackType
@@ -25,7 +26,7 @@ import numpy as np
 import llmtune
 from llmtune import pretrained
 from llmtune.config import Run
-from llmtune.data import Dataset, RunData
+from llmtune.data import Dataset, RunData, SourceReport
 from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory, write_whole
 from llmtune.training.state import TrainState
@@ -84,16 +85,41 @@ def run_facts(
         "vocabulary": config.vocab_size,
     }
     parts = {"train": data.train, "validation": data.validation}
-    described = {name: dataset_facts(dataset) for name, dataset in parts.items() if dataset is not None}
+    described = {name: dataset_facts(name, data, own) for name, own in parts.items() if own is not None}
     return {"model": model, "data": {"sha256": data.digest, "notes": list(data.notes), **described}, "steps": steps}
 
 
-def dataset_facts(dataset: Dataset) -> Facts:
-    """Counts, and a hash of the tokens themselves: equal where two runs saw the same examples in the same form."""
+def dataset_facts(part: str, data: RunData, dataset: Dataset) -> Facts:
+    """Counts, and a hash of the tokens themselves: equal where two runs saw the same examples in the same form.
+
+    `part` is train or validation; each of its sources has its own account.
+    """
     digest = hashlib.sha256()
     for array in (dataset.input_ids, dataset.labels, dataset.offsets):
         digest.update(np.ascontiguousarray(array).data)
-    return {"counts": dataclasses.asdict(dataset.counts), "tokens_sha256": digest.hexdigest(), "sources": []}
+    sources = [source for source in data.sources if source.key == f"data.{part}"]
+    skipped = sum((Counter(source.skipped) for source in sources), Counter())
+    return {
+        "counts": {**dataclasses.asdict(dataset.counts), "skipped": dict(skipped)},
+        "tokens_sha256": digest.hexdigest(),
+        "sources": [source_facts(source) for source in sources],
+    }
+
+
+def source_facts(source: SourceReport) -> Facts:
+    """What one source came to, and which bytes it was."""
+    counts = {**dataclasses.asdict(source.counts), "skipped": dict(source.skipped)}
+    files = [{"path": str(file.path), "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
+    hashes = [file.sha256 for file in source.files]
+    own = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    named = {"name": source.path, "sha256": own, "format": source.format, "template": source.template}
+    return {
+        **named,
+        "weight": source.weight,
+        "counts": counts,
+        "skipped_first": list(source.skipped_first),
+        "files": files,
+    }
 
 
 def session_facts(program: Program) -> Facts:

@@ -8,6 +8,25 @@ from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, 
 from llmtune.weights.tied import Tied
 
 __all__ = [
-    "ArraySpec", "Initializer", "LoRA", "Operator", "Tied", "Weight", "add_bias", "constant", "dense", "embed_lookup", "expert_linear",
-    "head_loss", "is_operator", "linear", "map_fields", "materialize", "normal", "path_name", "shardings", "unembed", "uniform",
-]  # fmt: skip
+    "ArraySpec",
+    "Initializer",
+    "LoRA",
+    "Operator",
+    "Tied",
+    "Weight",
+    "add_bias",
+    "constant",
+    "dense",
+    "embed_lookup",
+    "expert_linear",
+    "head_loss",
+    "is_operator",
+    "linear",
+    "map_fields",
+    "materialize",
+    "normal",
+    "path_name",
+    "shardings",
+    "unembed",
+    "uniform",
+]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoModelForImageTextToText,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import llmtune
 from tests.parity.reference import MODELS, load_reference, save_model
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

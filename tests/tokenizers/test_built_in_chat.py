@@ -9,7 +9,6 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.tokenizers import load_chat_template, load_tokenizer
 from llmtune.tokenizers.conversation import Message, ToolCall
-from llmtune.tokenizers.lint import marked
 from tests.tokenizers.conversations import (
     MULTI,
     ONE_TOOL,
@@ -25,6 +24,7 @@ from tests.tokenizers.conversations import (
     for_transformers,
     said,
 )
+from tests.tokenizers.marking import marked
 
 FILES = {
     "mistral-v1": ["mistral_v1/tokenizer.json", "mistral_v1/tokenizer.model"],

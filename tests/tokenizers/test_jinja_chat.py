@@ -9,7 +9,6 @@ import pytest
 from llmtune.errors import LlmtuneDataError, LlmtuneFormatError
 from llmtune.tokenizers import load_chat_template, load_tokenizer
 from llmtune.tokenizers.conversation import Message
-from llmtune.tokenizers.lint import marked
 from tests.tokenizers.conversations import (
     MULTI,
     ONE_TOOL,
@@ -23,6 +22,7 @@ from tests.tokenizers.conversations import (
     for_transformers,
     said,
 )
+from tests.tokenizers.marking import marked
 from tests.tokenizers.templates import (
     GENERATION,
     JOINED,

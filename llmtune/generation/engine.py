@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.generation.cache import KVCache, attend_and_fill, attend_to_cache, empty_cache
+from llmtune.generation.cache import Cache, attend_and_fill, attend_to_cache, empty_cache
 from llmtune.generation.layers import arrangement
 from llmtune.generation.sampling import Sampling, draw, greedy
 from llmtune.models.config import ModelConfig
@@ -38,7 +38,7 @@ class Decoding:
     segment_ids: jax.Array  # int32 [batch, length], 0 on padding
     positions: jax.Array  # int32 [batch], of `last`
     keys: jax.Array  # [batch] random keys
-    cache: KVCache
+    cache: Cache
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llmtune.generation.cache import KVCache
+from llmtune.generation.cache import Cache, LayerCache, StackedCache
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 
 Bind = Callable[[Any], LanguageModel]
 Arrange = Callable[
-    [Any, KVCache], tuple[Any, KVCache]
+    [Any, StackedCache], tuple[Any, Cache]
 ]  # (params, cache) as prefill leaves them -> as decoding reads them
 
 
@@ -42,13 +42,10 @@ def apart(bind: Bind, config: ModelConfig) -> tuple[Bind, Arrange]:
     written_out = replace(config, windows=tuple(config.window(layer) for layer in range(count)))
     graphdef, _ = declare(written_out, [1] * count)
 
-    def take_apart(params: Any, cache: KVCache) -> tuple[Any, KVCache]:
+    def take_apart(params: Any, cache: StackedCache) -> tuple[Any, LayerCache]:
         layers = [own for _, segment in sorted(params["layers"].items()) for own in _layers(segment)]
-        k, v = (
-            tuple(buffers[n % period][n // period : n // period + 1] for n in range(count))
-            for buffers in (cache.k, cache.v)
-        )
-        return {**params, "layers": dict(enumerate(layers))}, KVCache(k, v)
+        k, v = (tuple(buffers[n % period][n // period] for n in range(count)) for buffers in (cache.k, cache.v))
+        return {**params, "layers": dict(enumerate(layers))}, LayerCache(k, v)
 
     return lambda params: replace(bind(params), graphdef=graphdef), jax.jit(take_apart)
 

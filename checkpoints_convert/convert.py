@@ -79,7 +79,7 @@ def convert(
 def compare(source: Opened, written: Opened, dtype: np.dtype | None, progress: Progress = lambda done: None) -> str:
     """The written tensors, taken back into the source's layout, against the source's own, digest by digest."""
     if source.layout == "hf":
-        back = written.weights
+        back = written.own if written.layout == "hf" else written.weights
     else:
         back = as_original(written.weights, written.config, tied_head="output.weight" in source.own.tensors)
     total = hashlib.sha256()
@@ -87,17 +87,17 @@ def compare(source: Opened, written: Opened, dtype: np.dtype | None, progress: P
         if name not in back.tensors:
             if name == "lm_head.weight" and source.config.tie_word_embeddings:
                 continue  # stored again beside the embedding that it equals
-            raise LlmtuneFormatError(f"{written.path.name}: verification failed: the tensor {name} was not written")
+            raise LlmtuneFormatError(f"verification failed: the tensor {name} was not written")
         own, other = _digest(cast(view, dtype), progress), _digest(back.tensors[name], progress)
         if own != other:
             raise LlmtuneFormatError(
-                f"{written.path.name}: verification failed: {name} reads back with other bytes than it was given; "
+                f"verification failed: {name} reads back with other bytes than it was given; "
                 "nothing is kept; is the disk sound?"
             )
         total.update(f"{name} {own}\n".encode())
     field_name = disagreement(source.config, written.config)
     if field_name is not None:
-        raise LlmtuneFormatError(f"{written.path.name}: verification failed: {field_name} reads back differently")
+        raise LlmtuneFormatError(f"verification failed: {field_name} reads back differently")
     return total.hexdigest()
 
 
@@ -113,7 +113,8 @@ Write = Callable[[Path, Progress], None]
 
 
 def _to_hf(opened: Opened, plan: Plan, dtype: np.dtype | None) -> tuple[Write, int]:
-    entries = [_entry(name, cast(view, dtype)) for name, view in opened.weights.tensors.items()]
+    views = opened.own if opened.layout == "hf" else opened.weights
+    entries = [_entry(name, cast(view, dtype)) for name, view in views.tensors.items()]
     config = dict(opened.hf)
     if plan.dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = plan.dtype

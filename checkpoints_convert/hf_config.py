@@ -2,28 +2,42 @@
 
 transformers 4 writes `rope_theta`, `rope_scaling`, `torch_dtype`; transformers 5 writes `rope_parameters` and `dtype`. A field
 that changes the mathematics and is not implemented is an error that names it; a field nobody here knows is one too, since it
-might. Nothing is assumed from a model's name.
+might. Nothing is assumed from a model's name. Of a multimodal model, `text_config` is read.
 """
 
 import difflib
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.hf_architectures import (
+    ARCHITECTURES,
+    MULTIMODAL,
+    Architecture,
+    architecture_of,
+    experts_to_hf,
+    parse_experts,
+    parse_windows,
+    supported_only,
+    text_part,
+    windows_to_hf,
+)
+from checkpoints_convert.hf_fields import flag, number, positive, short, token, wrong
+from checkpoints_convert.hf_rope import parse_rope, rope_to_hf
 from checkpoints_convert.safetensors_reader import read_json
 from llmtune.errors import LlmtuneFormatError
-from llmtune.models.config import Llama3Scaling, ModelConfig, Rope
+from llmtune.models.config import ModelConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 GENERATION = "generation_config.json"
 
 READ = {
     "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling",
     "rope_parameters", "tie_word_embeddings", "max_position_embeddings", "initializer_range", "bos_token_id",
-    "eos_token_id", "pad_token_id", "hidden_act", "sliding_window", "torch_dtype", "dtype",
+    "eos_token_id", "pad_token_id", "hidden_act", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
+    "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef", "torch_dtype", "dtype",
+    "original_max_position_embeddings",
 }  # fmt: skip
 HARMLESS = {  # they say nothing about the function that the weights compute
     "transformers_version", "_name_or_path", "use_cache", "pretraining_tp", "return_dict", "output_hidden_states",
@@ -32,14 +46,19 @@ HARMLESS = {  # they say nothing about the function that the weights compute
     "attn_implementation", "is_decoder", "finetuning_task", "unk_token_id", "sep_token_id", "decoder_start_token_id",
     "tokenizer_class", "prefix", "use_bfloat16", "tf_legacy_loss", "license", "model_max_length", "max_length",
     "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "_commit_hash",
-    "unsloth_version", "unsloth_fixed", "original_max_position_embeddings", "mup_enabled",
+    "unsloth_version", "unsloth_fixed", "mup_enabled", "output_router_logits",
+}  # fmt: skip
+OUTSIDE = {  # of a multimodal model beside text_config: they are about images, or repeat what the text part says
+    "text_config", "vision_config", "image_token_index", "image_token_id", "projector_hidden_act", "vision_feature_layer",
+    "multimodal_projector_bias", "spatial_merge_size", "architectures", "model_type", "tie_word_embeddings", "torch_dtype",
+    "dtype", "eos_token_id", "bos_token_id", "pad_token_id",
 }  # fmt: skip
 SUPPORTED = {  # each of these changes the mathematics; the one value that is implemented
-    "attention_bias": (False, None), "mlp_bias": (False, None), "partial_rotary_factor": (1.0, 1, None),
-    "is_encoder_decoder": (False, None), "add_cross_attention": (False, None), "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False, None), "pruned_heads": ({}, None), "layer_types": (None,), "qk_norm": (False, None),
-    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "quantization_config": (None,),
-    "auto_map": (None,), "use_qk_norm": (False, None), "num_experts": (None,), "num_local_experts": (None,),
+    "partial_rotary_factor": (1.0, 1, None), "is_encoder_decoder": (False, None), "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False, None), "pruned_heads": ({}, None),
+    "qk_norm": (False, None), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
+    "quantization_config": (None,), "auto_map": (None,), "use_qk_norm": (False, None), "num_experts": (None,),
+    "router_jitter_noise": (0.0, 0, None),
 }  # fmt: skip
 
 
@@ -55,51 +74,57 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 def parse_model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str) -> ModelConfig:
     """See `read_model_config`; `where` is the file named in errors."""
-    architecture = _architecture(config, where)
-    _refuse_unknown(config, where)
-    hidden = _positive(config, "hidden_size", where)
-    heads = _positive(config, "num_attention_heads", where)
-    absent = 8 if architecture == "MistralForCausalLM" and "num_key_value_heads" not in config else heads
-    kv_heads = _positive(config, "num_key_value_heads", where, absent)
-    if config.get("head_dim") is None and hidden % heads:
-        raise _wrong(where, "head_dim", None, f"a number: hidden_size {hidden} does not divide by {heads} heads")
-    head_dim = _positive(config, "head_dim", where, hidden // heads)
-    if heads % kv_heads:
-        raise _wrong(where, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
-    if head_dim % 2:
-        raise _wrong(where, "head_dim", head_dim, "an even number (rotary embedding turns pairs)")
-    positions = _positive(
-        config, "max_position_embeddings", where, 2048 if architecture == "LlamaForCausalLM" else 131072
-    )
-    if architecture == "MistralForCausalLM":
-        _refuse_window(config, positions, where)
+    text = text_part(config, where)
+    if text is config:
+        return _parse_text(config, generation, where)
+    outside = {name: value for name, value in config.items() if name not in OUTSIDE}
+    misplaced = sorted(set(outside) & READ)
+    if misplaced:
+        raise wrong(where, misplaced[0], outside[misplaced[0]], "inside text_config")
+    _refuse_unknown(outside, SUPPORTED, where)
+    eos = {"eos_token_id": config["eos_token_id"]} if config.get("eos_token_id") is not None else {}
+    return replace(_parse_text({**text, **eos}, generation, where), architecture=MULTIMODAL)
+
+
+def _parse_text(config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str) -> ModelConfig:
+    own = architecture_of(config, where)
+    if config.get("hidden_act", "silu") != "silu":
+        raise wrong(where, "hidden_act", config["hidden_act"], "silu")
+    _refuse_unknown(config, SUPPORTED | supported_only(own), where)
+    hidden, heads, kv_heads, head_dim = _heads(config, own, where)
+    layers = positive(config, "num_hidden_layers", where)
     return ModelConfig(
-        architecture=architecture,
-        vocab_size=_positive(config, "vocab_size", where),
+        architecture=own.name,
+        vocab_size=positive(config, "vocab_size", where),
         hidden_size=hidden,
-        intermediate_size=_positive(config, "intermediate_size", where),
-        num_hidden_layers=_positive(config, "num_hidden_layers", where),
+        intermediate_size=positive(config, "intermediate_size", where),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
-        rope=_rope(config, where),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings", where),
-        max_position_embeddings=positions,
-        initializer_range=_number(config, "initializer_range", where, 0.02),
-        bos_token_id=_token(config, "bos_token_id", where),
+        rms_norm_eps=number(config, "rms_norm_eps", where, own.eps),
+        rope=parse_rope(config, where, own.theta, own.scales_queries),
+        tie_word_embeddings=flag(config, "tie_word_embeddings", where),
+        attention_bias=own.biases and flag(config, "attention_bias", where),
+        mlp_bias=own.biases and flag(config, "mlp_bias", where),
+        windows=parse_windows(config, own, layers, where),
+        experts=parse_experts(config, own, where),
+        max_position_embeddings=positive(config, "max_position_embeddings", where, own.positions),
+        initializer_range=number(config, "initializer_range", where, 0.02),
+        bos_token_id=token(config, "bos_token_id", where),
         eos_token_ids=_eos(config, generation, where),
-        pad_token_id=_token(config, "pad_token_id", where),
+        pad_token_id=token(config, "pad_token_id", where),
     )
 
 
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """A config.json in the older spelling, which transformers 4 and 5 and vLLM all read."""
-    scaling = config.rope.scaling
-    eos = list(config.eos_token_ids)
-    result: dict[str, Any] = {
-        "architectures": [config.architecture],
-        "model_type": next(kind for kind, name in MODEL_TYPES.items() if name == config.architecture),
+    if config.is_text_tower:
+        raise LlmtuneFormatError(f"{MULTIMODAL}: its config.json is written from that of its source, not from scratch")
+    own, eos = ARCHITECTURES[config.architecture], list(config.eos_token_ids)
+    return {
+        "architectures": [own.name],
+        "model_type": own.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -109,9 +134,11 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **vars(scaling)},
+        **rope_to_hf(config.rope),
         "tie_word_embeddings": config.tie_word_embeddings,
+        **({"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias} if own.biases else {}),
+        **windows_to_hf(config.windows, own, config.num_hidden_layers),
+        **experts_to_hf(config.experts),
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
@@ -119,80 +146,37 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
     }
-    if config.architecture == "MistralForCausalLM":
-        result["sliding_window"] = None
-    return result
 
 
-def _architecture(config: Mapping[str, Any], where: str) -> str:
-    names = config.get("architectures") or [MODEL_TYPES.get(str(config.get("model_type")), config.get("model_type"))]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise _wrong(where, "architectures", names, f"one of {', '.join(ARCHITECTURES)}")
-    kind = config.get("model_type")
-    if kind is not None and MODEL_TYPES.get(str(kind)) != names[0]:
-        raise _wrong(where, "model_type", kind, f"that of {names[0]}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise _wrong(where, "hidden_act", config["hidden_act"], "silu")
-    return names[0]
+def _heads(config: Mapping[str, Any], own: Architecture, where: str) -> tuple[int, int, int, int]:
+    """hidden_size, heads, key-value heads and head_dim, which must fit each other."""
+    hidden = positive(config, "hidden_size", where)
+    heads = positive(config, "num_attention_heads", where)
+    absent = own.kv_heads if own.kv_heads is not None and "num_key_value_heads" not in config else heads
+    kv_heads = positive(config, "num_key_value_heads", where, absent)
+    derived = own.head_dim if own.head_dim is not None and "head_dim" not in config else hidden // heads
+    if config.get("head_dim") is None and derived * heads != hidden and own.head_dim is None:
+        raise wrong(where, "head_dim", None, f"a number: hidden_size {hidden} does not divide by {heads} heads")
+    head_dim = positive(config, "head_dim", where, derived)
+    if heads % kv_heads:
+        raise wrong(where, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
+    if head_dim % 2:
+        raise wrong(where, "head_dim", head_dim, "an even number (rotary embedding turns pairs)")
+    return hidden, heads, kv_heads, head_dim
 
 
-def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown(config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]], where: str) -> None:
     for name, value in config.items():
-        if name in SUPPORTED:
-            if value not in SUPPORTED[name]:
-                raise _wrong(where, name, value, f"{SUPPORTED[name][0]!r}: anything else is not implemented")
+        if name in supported:
+            if value not in supported[name]:
+                raise wrong(where, name, value, f"{supported[name][0]!r}: anything else is not implemented")
         elif name not in READ and name not in HARMLESS:
             near = difflib.get_close_matches(name, READ, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise LlmtuneFormatError(
-                f"{where}: unknown field {_short(name)} ({_short(value)}), which may change the mathematics; {hint}"
+                f"{where}: unknown field {short(name)} ({short(value)}), which may change the mathematics; {hint}"
                 "remove it if it does not"
             )
-
-
-def _refuse_window(config: Mapping[str, Any], positions: int, where: str) -> None:
-    window = config.get("sliding_window", 4096)  # transformers' default where the field is absent
-    if window is not None and (not isinstance(window, int) or window < positions):
-        raise _wrong(
-            where,
-            "sliding_window",
-            config.get("sliding_window", "absent, which means 4096"),
-            "null: windows are not implemented yet",
-        )
-
-
-def _rope(config: Mapping[str, Any], where: str) -> Rope:
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    field = "rope_parameters" if new is not None else "rope_scaling"
-    if new is not None and old is not None:
-        raise _wrong(where, "rope_scaling", old, "null beside rope_parameters: they are two spellings of the same")
-    scaling = new if new is not None else ({} if old is None else old)
-    if not isinstance(scaling, Mapping):
-        raise _wrong(where, field, scaling, "an object or null")
-    theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", where, 10_000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    known = {"rope_theta", "rope_type", "type"}
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        missing = [name for name in names if name not in scaling]
-        if missing:
-            raise _wrong(where, f"{field}.{missing[0]}", None, "a number: llama3 scaling needs it")
-        known.update(names)
-    elif kind != "default":
-        raise _wrong(where, f"{field}.rope_type", kind, "default or llama3: others are not implemented")
-    unknown = sorted(
-        set(scaling) - known - ({"partial_rotary_factor"} if scaling.get("partial_rotary_factor") == 1.0 else set())
-    )
-    if unknown:
-        raise LlmtuneFormatError(f"{where}: unknown field {field}.{_short(unknown[0])} with rope_type {kind!r}")
-    if kind == "default":
-        return Rope(theta)
-    factor, low, high = (
-        _number(scaling, name, where, None) for name in ("factor", "low_freq_factor", "high_freq_factor")
-    )
-    if high <= low:
-        raise _wrong(where, f"{field}.high_freq_factor", high, f"more than low_freq_factor {low}")
-    return Rope(theta, Llama3Scaling(factor, low, high, _positive(scaling, "original_max_position_embeddings", where)))
 
 
 def _eos(config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str) -> tuple[int, ...]:
@@ -203,44 +187,5 @@ def _eos(config: Mapping[str, Any], generation: Mapping[str, Any] | None, where:
         where = str(Path(where).with_name(GENERATION))
     ids = [] if value is None else (value if isinstance(value, list) else [value])
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise _wrong(where, "eos_token_id", value, "a token id or a list of them")
+        raise wrong(where, "eos_token_id", value, "a token id or a list of them")
     return tuple(ids)
-
-
-def _positive(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 2**31:
-        raise _wrong(where, name, value, "a positive integer")
-    return value
-
-
-def _number(config: Mapping[str, Any], name: str, where: str, default: float | None) -> float:
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise _wrong(where, name, value, "a positive number")
-    return float(value)
-
-
-def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
-    value = config.get(name, False)
-    if not isinstance(value, bool):
-        raise _wrong(where, name, value, "true or false")
-    return value
-
-
-def _token(config: Mapping[str, Any], name: str, where: str) -> int | None:
-    value = config.get(name)
-    if value is not None and (type(value) is not int or value < -1):
-        raise _wrong(where, name, value, "a token id or null")
-    return None if value == -1 else value
-
-
-def _wrong(where: str, name: str, value: Any, expected: str) -> LlmtuneFormatError:
-    return LlmtuneFormatError(f"{where}: {name} is {_short(value)}; supported: {expected}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -3,7 +3,7 @@
 import functools
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.hf_config import model_config_to_hf
+from checkpoints_convert.hf_multimodal import carried, stored_names, text_tower
 from checkpoints_convert.hf_names import Tensor, tensors
 from checkpoints_convert.placing import place
-from checkpoints_convert.safetensors_reader import Described, Weights, open_directory
+from checkpoints_convert.safetensors_reader import Described, WeightDirectory, Weights, open_directory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
@@ -23,15 +24,17 @@ from llmtune.weights import path_name
 STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
 PIECE = 4 * 1024 * 1024  # bytes cast at a time
-COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|generation_config\.json|chat_template.*"
-    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*|LICENSE.*|NOTICE.*|USE_POLICY.*",
+TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template.*"
+    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*",
     re.IGNORECASE,
 )
+COMPANIONS = re.compile(rf"{TOKENIZER.pattern}|generation_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
+VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.model|.*\.model\.v\d+.*", re.IGNORECASE)
 Progress = Callable[[int], None]
 Fetch = Callable[
-    [str, int | None], np.ndarray
-]  # (our path, layer of a stacked weight) -> the matrix [in, out], on the host
+    [str, tuple[int, ...]], np.ndarray
+]  # (our path, place in a stacked weight) -> the matrix [in, out], on the host
 
 
 def check_tensors(weights: Weights, config: ModelConfig) -> None:
@@ -39,7 +42,7 @@ def check_tensors(weights: Weights, config: ModelConfig) -> None:
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
     present = {name: info.shape for name, info in weights.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings and "lm_head.weight" in present:
-        _check_tied_head(weights)
+        _check_tied_head(weights, tensors(config)[0].name)
         del present["lm_head.weight"]
     for name in sorted(set(expected) - set(present)):
         raise LlmtuneFormatError(
@@ -61,6 +64,11 @@ def check_tensors(weights: Weights, config: ModelConfig) -> None:
                 f"{info.file}: {name} is stored as {info.dtype}; convert it to one of {', '.join(map(str, STORED))}"
             )
     _check_halves([weights.tensors[name] for name in expected])
+
+
+def open_weights(directory: Path, config: ModelConfig) -> WeightDirectory:
+    """The directory's tensors that make up the model, under the names of its modules."""
+    return text_tower(open_directory(directory), config)
 
 
 def load_params(
@@ -85,39 +93,50 @@ def save_directory(
     config: ModelConfig,
     hf_config: Mapping[str, Any],
     source: Path | None,
-    companions: Path | None,
+    companions: Sequence[Path],
     *,
     dtype: str | None = None,
     stored_dtype: str = "float32",
     max_shard_bytes: int = SHARD_BYTES,
+    complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
     """A complete Hugging Face directory: weights, config.json, and the tokenizer and notices that lie in `companions`.
 
-    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`.
+    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`. Files
+    of later companions replace those of earlier ones; `complete` is called last, before the directory appears.
     """
-    on_disk = {} if source is None else {name: info.dtype for name, info in open_directory(source).tensors.items()}
+    stored = None if source is None else open_directory(source)
+    on_disk = {} if stored is None else {name: i.dtype for name, i in text_tower(stored, config).tensors.items()}
     fallback = np.dtype(stored_dtype)
     chosen = {t.name: np.dtype(dtype) if dtype else on_disk.get(t.name, fallback) for t in tensors(config)}
+    names = stored_names(["lm_head.weight", *(t.name for t in tensors(config))], stored, config)
     entries = [
-        Entry(t.name, chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name]))
+        Entry(names[t.name], chosen[t.name], t.shape, functools.partial(_produce, fetch, t, chosen[t.name]))
         for t in tensors(config)
     ]
     if config.tie_word_embeddings and "lm_head.weight" in on_disk:  # the source stores the tied head again: so do we
         embed = entries[0]
-        entries.append(Entry("lm_head.weight", embed.dtype, embed.shape, embed.produce))
+        entries.append(Entry(names["lm_head.weight"], embed.dtype, embed.shape, embed.produce))
+    entries += carried(stored, config)
     with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)
         write_json(partial / "config.json", _config_json(config, hf_config, dtype))
-        if companions is not None:
-            copy_companions(companions, partial)
+        for directory in companions:
+            copy_companions(directory, partial)
+        complete(partial)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, chat template and licence files; never weights."""
+def copy_companions(source: Path, target: Path, which: re.Pattern[str] = COMPANIONS) -> None:
+    """Tokenizer, generation config, chat template and licence files (or only `which`); never weights."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANIONS.fullmatch(file.name):
+        if file.is_file() and which.fullmatch(file.name):
             shutil.copyfile(file, target / file.name)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a vocabulary lies there, in whatever format."""
+    return any(file.is_file() and VOCABULARY.fullmatch(file.name) for file in directory.iterdir())
 
 
 def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -130,7 +149,7 @@ def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str |
 
 def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Transposed and cast a run of rows at a time, so that no second copy of the whole is made."""
-    array = fetch(tensor.path, tensor.layer)
+    array = fetch(tensor.path, tensor.index)
     theirs = array.T if tensor.transposed else array
     rows = max(1, PIECE // max(1, theirs[:1].nbytes))
     for first in range(0, theirs.shape[0], rows):
@@ -153,8 +172,8 @@ def _check_halves(infos: list[Described]) -> None:
         )
 
 
-def _check_tied_head(weights: Weights) -> None:
-    head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+def _check_tied_head(weights: Weights, table: str) -> None:
+    head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", table))
     if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype:
         raise LlmtuneFormatError(
             f"{weights.path}: lm_head.weight differs from the embedding, but config.json ties them"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.hf_config import parse_model_config, read_model_config
+from checkpoints_convert.hf_multimodal import text_tower
 from checkpoints_convert.hf_names import tensors
 from checkpoints_convert.hf_weights import check_tensors
 from checkpoints_convert.original_names import FREQUENCIES, is_rotated, original_name, split_axes
@@ -90,14 +91,12 @@ def open_layout(path: Path, layout: str | None = None, hints: Hints | None = Non
 def _open_hf(path: Path) -> Opened:
     config = read_model_config(path)
     weights = open_directory(path)
-    check_tensors(weights, config)
-    views = stored(weights).tensors
-    names = [tensor.name for tensor in tensors(config)]
-    names += ["lm_head.weight"] if "lm_head.weight" in views and "lm_head.weight" not in names else []
-    kept = ViewDirectory(path, {name: views[name] for name in names})
-    passed = sorted(set(views) - set(names))
+    text = text_tower(weights, config)
+    check_tensors(text, config)
+    passed = sorted(name for name in weights.tensors if name.endswith("rotary_emb.inv_freq"))
+    own = {name: view for name, view in stored(weights).tensors.items() if name not in passed}
     notes = (f"{passed[0]} and {len(passed) - 1} more rotary buffers are left out",) if passed else ()
-    return Opened("hf", path, read_json(path / "config.json"), config, kept, kept, notes)
+    return Opened("hf", path, read_json(path / "config.json"), config, stored(text), ViewDirectory(path, own), notes)
 
 
 def _open_original(path: Path, layout: str, hints: Hints) -> Opened:
@@ -195,7 +194,14 @@ def disagreement(one: ModelConfig, other: ModelConfig) -> str | None:
     """The first field in which two configs describe different functions of the weights; None where they agree."""
     free = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_ids", "pad_token_id"}
     names = [own.name for own in fields(ModelConfig) if own.name not in free]
-    return next((name for name in names if getattr(one, name) != getattr(other, name)), None)
+    return next((name for name in names if _of_weights(one, name) != _of_weights(other, name)), None)
+
+
+def _of_weights(config: ModelConfig, name: str) -> Any:
+    """A field without what only training sees: the coefficients of the router's losses."""
+    if name != "experts" or config.experts is None:
+        return getattr(config, name)
+    return config.experts.num_local_experts, config.experts.num_experts_per_tok
 
 
 def _check_frequencies(views: dict[str, View], config: ModelConfig) -> tuple[str, ...]:

@@ -31,10 +31,10 @@ def place(
     `progress` hears of the weight's bytes on disk, in steps that add up to them whatever this process reads of it.
     """
     inner = parts[0].shape[::-1] if parts[0].transposed else parts[0].shape
-    stacked = parts[0].layer is not None
-    full = (len(parts), *inner) if stacked else inner
+    lead = tuple(last + 1 for last in parts[-1].index)  # (), (layers,) or (layers, experts): parts are in this order
+    places, full = np.arange(len(parts)).reshape(lead), (*lead, *inner)
     local = layout.shard_shape(full)
-    pieces = list(_pieces(local, _disk_axis(parts[0]), stacked, dtype.itemsize))
+    pieces = list(_pieces(local, (*range(len(lead)), _disk_axis(parts[0], len(lead))), dtype.itemsize))
     told = _Steps(sum(weights.tensors[tensor.name].nbytes for tensor in parts), len(pieces), progress)
 
     def put(piece: Bounds) -> jax.Array:
@@ -44,7 +44,7 @@ def place(
         arrays = []
         for corner, devices in _slices(layout, full).items():
             at = tuple((first + start, first + stop) for first, (start, stop) in zip(corner, piece, strict=True))
-            host = _read(weights, parts, at, dtype)
+            host = _read(weights, parts, places, at, dtype)
             arrays += [jax.block_until_ready(jax.device_put(host, device)) for device in devices]
         told()
         return jax.make_array_from_single_device_arrays(shape, layout, arrays)
@@ -68,17 +68,15 @@ def _slices(layout: NamedSharding, full: tuple[int, ...]) -> dict[tuple[int, ...
     return found
 
 
-def _pieces(shape: tuple[int, ...], axis: int, stacked: bool, itemsize: int) -> Iterator[Bounds]:
-    """A slice cut into pieces: some layers each, or of one layer, runs along the axis that is the first on disk."""
-    if math.prod(shape) * itemsize <= PIECE:
-        yield tuple((0, size) for size in shape)
-        return
-    per_layer = math.prod(shape[1:] if stacked else shape) * itemsize
-    cuts = [[(0, size)] for size in shape]
-    if stacked:
-        cuts[0] = _cut(shape[0], max(1, PIECE // max(1, per_layer)))
-    if per_layer > PIECE:
-        cuts[axis] = _cut(shape[axis], max(1, PIECE * shape[axis] // per_layer))
+def _pieces(shape: tuple[int, ...], axes: tuple[int, ...], itemsize: int) -> Iterator[Bounds]:
+    """A slice cut into pieces, along as few of `axes` as it takes: layers, experts, and what is the first axis on disk."""
+    cuts, nbytes = [[(0, size)] for size in shape], math.prod(shape) * itemsize
+    for axis in axes:
+        if nbytes <= PIECE:
+            break
+        step = max(1, PIECE * shape[axis] // nbytes)
+        cuts[axis] = _cut(shape[axis], step)
+        nbytes = nbytes // shape[axis] * step
     yield from itertools.product(*cuts)
 
 
@@ -86,19 +84,18 @@ def _cut(size: int, step: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, size)) for first in range(0, size, step)]
 
 
-def _disk_axis(tensor: Tensor) -> int:
+def _disk_axis(tensor: Tensor, lead: int) -> int:
     """Which of our axes is the first on disk."""
-    return (tensor.layer is not None) + (len(tensor.shape) - 1 if tensor.transposed else 0)
+    return lead + (len(tensor.shape) - 1 if tensor.transposed else 0)
 
 
-def _read(weights: Weights, parts: Sequence[Tensor], bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+def _read(weights: Weights, parts: Sequence[Tensor], places: np.ndarray, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    """A piece of the stack; `places` has its leading axes, and says which part is where."""
     index = tuple(slice(*bound) for bound in bounds)
+    chosen = places[index[: places.ndim]]
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    if parts[0].layer is None:
-        out[...] = _read_tensor(weights, parts[0], index)
-    else:
-        for k, tensor in enumerate(parts[index[0]]):
-            out[k] = _read_tensor(weights, tensor, index[1:])
+    for corner in np.ndindex(chosen.shape):
+        out[corner] = _read_tensor(weights, parts[int(chosen[corner])], index[places.ndim :])
     return out
 
 

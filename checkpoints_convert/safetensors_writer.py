@@ -69,7 +69,7 @@ def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial.parent).free
         if free < needed_bytes:
             raise LlmtuneError(
-                f"{path}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, or choose another disk"
+                f"{path}: {_size(needed_bytes)} are needed, {_size(free)} are free; make room, or choose another disk"
             )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -181,6 +181,12 @@ def _told_plainly(path: Path) -> Iterator[None]:
         raise LlmtuneError(
             f"{path}: cannot be written ({error.strerror or error}); nothing is left half-written"
         ) from error
+
+
+def _size(count: int) -> str:
+    """`1.74 MB`: in the largest unit of which there is at least one."""
+    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= pair[0]), (1.0, "bytes"))
+    return f"{count / unit:.2f} {name}" if unit > 1 else f"{count} bytes"
 
 
 def _sync_directory(path: Path) -> None:

@@ -9,10 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
+
+if TYPE_CHECKING:
+    from llmtune.model import Model
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -77,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text"
     )
+    generate.add_argument("--chat", action="store_true", help="prompts are a user's turns, through the chat template")
+    generate.add_argument("--system", default=None, metavar="TEXT", help="with --chat: the system's turn before them")
+    generate.add_argument(
+        "--chat-template",
+        default=None,
+        metavar="NAME",
+        help="with --chat: a built-in one or a .jinja file, not the model's",
+    )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="float32", metavar="D", help="of weights and compute; default float32")
     generate.add_argument(
@@ -84,6 +95,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     _add_convert(commands)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a model is: parameters, memory, FLOPs, cache, and what its config implies",
+        description="What a model is, from its config.json alone: no weight is read.",
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or a preset of configs/models")
+    inspect.add_argument(
+        "--length", type=int, default=None, metavar="N", help="tokens of a row, for attention and cache; default 4096"
+    )
+    inspect.set_defaults(run=_inspect)
+
+    report = commands.add_parser(
+        "report",
+        help="the page of a run, or of two side by side",
+        description="Write the page of a run, finished or not, from what is on disk; of two runs, a page that compares them.",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="the output directory of a run; two are compared")
+    report.add_argument(
+        "--output",
+        default=None,
+        metavar="FILE",
+        help="default: RUN/report.html; of two: RUN/comparison-with-OTHER.html",
+    )
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -163,25 +199,30 @@ def _train(options: argparse.Namespace) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
     threading.excepthook = lambda _: None  # likewise
+    sys.unraisablehook = _print_unraisable
     train(run)
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
     from llmtune.model import load
 
-    model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
-    completions = model.generate(
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop=options.stop,
-        seed=options.seed,
-    )
-    for prompt, completion in zip(options.prompt, completions, strict=True):
-        print(f"{prompt}{completion}")
+    if not options.chat and (options.system, options.chat_template) != (None, None):
+        return _refuse("--system and --chat-template belong to --chat; add it")
+    console = Console(stderr=True)  # the spinner shows in a terminal only; completions alone go to stdout
+    with console.status(f"reading {escape(options.model)}") as status:
+        model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
+        status.update(f"generating up to {options.max_new_tokens} tokens")
+        if options.chat:
+            texts = _answers(model, options)
+        else:
+            completions = _complete(model, options.prompt, options)
+            texts = [prompt + completion for prompt, completion in zip(options.prompt, completions, strict=True)]
+    for text in texts:
+        print(text)
     return 0
 
 
@@ -218,6 +259,56 @@ def _convert(options: argparse.Namespace) -> int:
         for line in lines:
             display.note(line)
     return 0
+
+
+def _answers(model: "Model", options: argparse.Namespace) -> list[str]:
+    from llmtune.chat import find_template, with_ends
+    from llmtune.model import decode_completion
+    from llmtune.tokenizers.turns import chat_prompt
+
+    template = find_template(model, options.model, options.chat_template)
+    rows = [chat_prompt(template, prompt, options.system) for prompt in options.prompt]
+    completions = _complete(with_ends(model, template), rows, options)
+    return [decode_completion(model.tokenizer, *pair) for pair in zip(rows, completions, strict=True)]
+
+
+def _complete(model: "Model", prompts: list, options: argparse.Namespace) -> list:
+    return model.generate(
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=options.stop,
+        seed=options.seed,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from llmtune.inspection import inspect
+
+    print("\n".join(inspect(options.model, options.length)))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if len(options.runs) > 2:
+        raise LlmtuneError(f"report: {len(options.runs)} runs are given; give one, or two to compare")
+    from llmtune.evaluation.report import summarize, write_comparison, write_report
+
+    if len(options.runs) == 1:
+        path = write_report(options.runs[0], options.output)
+    else:
+        path = write_comparison(options.runs[0], options.runs[1], options.output)
+    print(summarize(*options.runs))
+    print(f"report: {path}")
+    return 0
+
+
+def _print_unraisable(found: Any) -> None:
+    """As ever, but for what each part of a failed save calls after it into the event loop that it has lost."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _refuse(message: str) -> int:

@@ -6,14 +6,17 @@ names and file formats.
     source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
     params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
     save(path, params, source)                        a Hugging Face directory, merged
-    load_adapter(path, config)                        a transform that adds a PEFT adapter
+    fit_to_adapter(source, path)                      the base with the vocabulary that a PEFT adapter was trained with
+    load_adapter(path, config)                        a transform that adds it, and what it brings in whole
     save_adapter(path, params, source)                a PEFT directory
     convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +27,65 @@ from jax.sharding import Mesh
 
 from checkpoints_convert import convert as conversion
 from checkpoints_convert import hf_config, hf_weights, layouts, peft
+from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
-from llmtune.transforms import Factors, Transform, lora_from, weights_by_path
+from llmtune.transforms import (
+    Factors,
+    Transform,
+    chain,
+    given_whole,
+    lora_from,
+    resize_vocabulary,
+    weights_by_path,
+    without_vocabulary_axis,
+)
 from llmtune.weights import LoRA, dense, is_operator, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
 
 @dataclass(frozen=True)
+class Resize:
+    """The vocabulary on disk has `stored` rows; the first `kept` of them stay, and new ones follow."""
+
+    stored: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a directory of weights, or (directory None) a preset with random weights."""
+    """Where a model comes from: a directory of weights, or (directory None) a preset with random weights.
+
+    `config` says what the model is in this run, its vocabulary resized where `resize` is given; `companions` are the
+    directories whose tokenizer and notices go with it, the last one's tokenizer being the model's.
+    """
 
     name: str
     config: ModelConfig
     hf_config: dict[str, Any]
     directory: Path | None
-    opened: Weights | None = (
-        None  # the directory's weights, where they are open already or not in Hugging Face's layout
-    )
+    companions: tuple[Path, ...] = ()
+    resize: Resize | None = None
+    opened: Weights | None = None  # the weights, where they are open already or not in Hugging Face's layout
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Where the model's tokenizer lies, if it has one."""
+        return self.companions[-1] if self.companions else None
+
+    def resized(self, size: int, tokens: int) -> "Source":
+        """The same model with `size` rows in its vocabulary, of which those from `tokens` on are new."""
+        stored = self.config.vocab_size if self.resize is None else self.resize.stored
+        return replace(
+            self,
+            config=replace(self.config, vocab_size=size),
+            hf_config={**self.hf_config, "vocab_size": size},
+            resize=Resize(stored, min(stored, size, tokens)),
+        )
 
     @property
     def elements(self) -> int:
@@ -60,6 +100,19 @@ class Source:
         """Size of the weights on disk; 0 for a preset."""
         return 0 if self.directory is None else open_directory(self.directory).total_bytes
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes on disk by dtype, from the files' headers; empty for a preset."""
+        sizes: dict[str, int] = {}
+        for info in () if self.directory is None else open_directory(self.directory).tensors.values():
+            sizes[str(info.dtype)] = sizes.get(str(info.dtype), 0) + info.end - info.start
+        return sizes
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the model: of its configuration and, of each stored tensor, of a part that no other model shares."""
+        weights = "" if self.directory is None else fingerprint(self.directory)
+        return hashlib.sha256(f"{json.dumps(self.hf_config, sort_keys=True)} {weights}".encode()).hexdigest()
+
 
 def open_source(name: str) -> Source:
     """A Hugging Face directory, something shipped with llmtune (`llmtune:starter`), or a preset of configs/models."""
@@ -69,7 +122,7 @@ def open_source(name: str) -> Source:
         raw = yaml.safe_load(preset.read_text(encoding="utf-8"))
         return Source(name, hf_config.parse_model_config(raw, None, str(preset)), raw, None)
     if path.is_dir():
-        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path)
+        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path, (path,))
     known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
     raise LlmtuneConfigError(f"model: {name!r} is neither a directory nor a preset (presets: {known})")
 
@@ -89,8 +142,34 @@ def load(
         params = materialize(declared, jax.random.key(seed), mesh, strategy)
         return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
     layouts = shardings(declared, mesh, strategy)
-    weights = source.opened or open_directory(source.directory)
-    return hf_weights.load_params(weights, source.config, layouts, dtype=dtype, progress=progress)
+    if source.resize is None:
+        return hf_weights.load_params(
+            _weights(source, source.config), source.config, layouts, dtype=dtype, progress=progress
+        )
+    stored = replace(source.config, vocab_size=source.resize.stored)
+    back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})
+    layouts = shardings(without_vocabulary_axis(back), mesh, strategy)
+    params = hf_weights.load_params(_weights(source, stored), stored, layouts, dtype=dtype, progress=progress)
+    return _resized(params, back, source, mesh, strategy, seed)
+
+
+def _weights(source: Source, config: ModelConfig) -> Weights:
+    assert source.directory is not None
+    return source.opened or hf_weights.open_weights(source.directory, config)
+
+
+def _resized(params: Any, declared: Any, source: Source, mesh: Mesh, strategy: Strategy, seed: int) -> Any:
+    """The embedding and the head brought to the source's size, and laid out for it; all else as it is."""
+    assert source.resize is not None
+    transform = resize_vocabulary(tokens=source.resize.kept, size=source.config.vocab_size)
+    noise = materialize(transform.init(declared), jax.random.key(seed), mesh, strategy)
+
+    @jax.jit
+    def resize(ends: Any, noise: Any) -> Any:
+        with strategy.active():
+            return transform.apply(ends, noise)
+
+    return {**params, **resize({end: params[end] for end in ("embed", "head")}, noise)}
 
 
 def save(
@@ -100,43 +179,95 @@ def save(
     *,
     dtype: str | None = None,
     companions: Path | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source) beside the weights.
+    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source's) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
+    `complete` puts into the directory what else belongs there, before it appears.
     """
-    weights = weights_by_path(params)
-
-    def fetch(name: str, layer: int | None) -> np.ndarray:
-        weight = weights[name]
-        if layer is not None:
-            weight = jax.tree.map(lambda leaf: leaf[layer], weight)
-        return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
-
     hf_weights.save_directory(
         path,
-        fetch,
+        _fetch(weights_by_path(params)),
         source.config,
         source.hf_config,
         source.directory,
-        companions or source.directory,
+        source.companions if companions is None else (companions,),
         dtype=dtype,
         stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
+        complete=complete,
         progress=progress,
     )
 
 
-def load_adapter(path: str | Path, config: ModelConfig) -> Transform:
-    """The transform that adds a PEFT directory's adapter, with its values."""
+def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
+    """(path, layer) -> the dense matrix on the host."""
+
+    def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
+        weight = weights[name]
+        if len(place) == 2:
+            return _expert(weight, place)
+        if place:
+            weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
+        return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
+
+    return fetch
+
+
+def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
+    """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
+    out = np.empty(weight.shape[len(place) :], weight.dtype)
+    for shard in weight.addressable_shards:
+        ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
+        if all(start <= at < stop for at, (start, stop, _) in zip(place, ranges, strict=False)):
+            local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
+            out[shard.index[len(place) :]] = np.asarray(shard.data[local])
+    return out
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole."""
+
+    transform: Transform
+    whole: tuple[str, ...]
+
+
+def fit_to_adapter(source: Source, path: str | Path) -> Source:
+    """The base as the adapter found it: with the vocabulary that it was resized to, and the tokenizer that came with that."""
+    path = Path(path)
+    size = peft.read_vocabulary_size(path, source.config)
+    if size is None:
+        return source
+    if size != source.config.vocab_size:
+        source = source.resized(size, tokens=size)
+    return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
+
+
+def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
+    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
     adapter = peft.read_adapter(Path(path), config)
     given = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in adapter.factors.items()}
-    return lora_from(given, rslora=adapter.rslora)
+    transform = chain(given_whole(adapter.whole), lora_from(given, rslora=adapter.rslora))
+    return LoadedAdapter(transform, tuple(adapter.whole))
 
 
-def save_adapter(path: Path, params: Any, source: Source) -> None:
-    """A PEFT directory of the adapter in `params`."""
-    adapters = {name: weight for name, weight in weights_by_path(params).items() if isinstance(weight, LoRA)}
+def save_adapter(
+    path: Path,
+    params: Any,
+    source: Source,
+    *,
+    whole: Sequence[str] = (),
+    companions: Path | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
+
+    Where the vocabulary is not the base's, the tokenizer (from `companions`, default: the source's) goes with it.
+    """
+    weights = weights_by_path(params)
+    adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
     if not adapters:
         raise LlmtuneConfigError("save_adapter: this model has no adapter; save() writes the whole model")
     nested = [name for name, weight in adapters.items() if is_operator(weight.base)]
@@ -146,9 +277,24 @@ def save_adapter(path: Path, params: Any, source: Source) -> None:
         name: peft.Factors(np.asarray(w.a), np.asarray(w.b), np.asarray(w.scale), w.ranks)
         for name, w in jax.device_get(adapters).items()
     }
-    base = source.name if source.directory is None else str(source.directory.absolute())
-    rslora = any(weight.rslora for weight in adapters.values())
-    peft.write_adapter(path, factors, source.config, base=base, rslora=rslora)
+    own = source.resize is not None or source.tokenizer_directory != source.directory
+    home = (companions or source.tokenizer_directory) if own else None
+
+    def finish(directory: Path) -> None:
+        if home is not None:
+            hf_weights.copy_companions(home, directory, hf_weights.TOKENIZER)
+        complete(directory)
+
+    peft.write_adapter(
+        path,
+        factors,
+        source.config,
+        base=source.name if source.directory is None else str(source.directory.absolute()),
+        rslora=any(weight.rslora for weight in adapters.values()),
+        whole=whole,
+        fetch=_fetch({name: weight.base if name in adapters else weight for name, weight in weights.items()}),
+        complete=finish,
+    )
 
 
 LAYOUTS = layouts.LAYOUTS
@@ -197,4 +343,4 @@ def convert(
 
 
 def _opened(own: layouts.Opened) -> Source:
-    return Source(str(own.path), own.config, own.hf, own.path, own.weights)
+    return Source(str(own.path), own.config, own.hf, own.path, opened=own.weights)

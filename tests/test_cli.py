@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ ROW = {"prompt": "Name an animal:", "completion": " a hedgehog"}
 def global_state(monkeypatch):
     """What the command sets for its process is put back."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     level = logging.getLogger("absl").level
     yield
     logging.getLogger("absl").setLevel(level)
@@ -120,7 +122,7 @@ def test_a_run_that_cannot_be_carried_out_is_refused(refusal, write_run, tmp_pat
         (json.dumps(ROW).encode() + b'\n{"prompt": "x", "completion": ""}\n', ":2: the row has no target token"),
         (b'{"prompt": "x", "completion": "\\ud83d"}', ":1: the text holds a lone surrogate"),
         (b'{"prompt": "x", "completion": 3}', ":1: the column 'completion' is int, a text is expected"),
-        (b'{"instruction": "x", "output": "y"}', ":1: no format has the columns ['instruction', 'output']"),
+        (b'{"intro": "x", "outro": "y"}', ":1: no format has the columns ['intro', 'outro']"),
         (b'{"input_ids": [1, 2, 1024]}', ":1: input_ids holds 1024; token ids of this model lie in 0..1023"),
         (b'{"input_ids": [1, 2], "labels": [-100, -100]}', ":1: the row has no target token"),
     ],
@@ -236,12 +238,13 @@ def test_what_is_no_command_is_refused(refusal, arguments, said):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--help"], ["usage: llmtune", "train", "generate"]),
+        (["--help"], ["usage: llmtune", "train", "generate", "report"]),
         (
             ["train", "--help"],
             ["usage: llmtune train CONFIG.yaml [--section.key VALUE ...]", "optimizer.learning_rate"],
         ),
         (["generate", "--help"], ["usage: llmtune generate", "--prompt TEXT", "--max-new-tokens N"]),
+        (["report", "--help"], ["usage: llmtune report", "--output FILE", "comparison-with-OTHER.html"]),
         (["--version"], [f"llmtune {llmtune.__version__}"]),
     ],
 )
@@ -286,3 +289,21 @@ def test_prompts_are_printed_with_their_completions(capsys, starter):
     )
     expected = llmtune.load(starter).generate(prompts, max_new_tokens=4)
     assert capsys.readouterr().out == "".join(f"{prompt}{own}\n" for prompt, own in zip(prompts, expected, strict=True))
+
+
+def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(monkeypatch):
+    from llmtune.cli import _print_unraisable
+
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    found = [SimpleNamespace(exc_value=RuntimeError(said)) for said in ("Event loop is closed", "a defect")]
+    for one in found:
+        _print_unraisable(one)
+    assert printed == found[1:]
+
+
+def test_what_takes_long_says_what_it_is_doing(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    assert main(["generate", "llmtune:starter", "--prompt", "Mira", "--max-new-tokens", "2"]) == 0
+    printed = capfd.readouterr()
+    assert "generating up to 2 tokens" in printed.err and printed.out.startswith("Mira")

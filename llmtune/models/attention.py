@@ -5,20 +5,29 @@ decoding (a key-value cache), so this module has no flags for either.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
-from llmtune.models.rope import rotate
+from llmtune.models.rope import Rotations, rotate
 from llmtune.sharding import spec
 from llmtune.weights import normal
 
-Rotation = tuple[jax.Array, jax.Array]
-# q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], layer int32 [], cache -> (like q, cache)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+class Layer(NamedTuple):
+    """Which layer attends: its `slot` in the repeating pattern of windows, in the `index`-th repetition (int32 [])."""
+
+    slot: int
+    index: jax.Array | int
+    window: int | None
+
+
+# q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], layer, cache -> (like q, cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer, Any], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -26,21 +35,21 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         hidden, size, init = config.hidden_size, config.head_dim, normal(config.initializer_range)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        q_axes, kv_axes = ("batch", "seq", "act_heads"), ("batch", "seq", "act_kv_heads")
-        self.q = Linear(hidden, heads * size, ("embed", "heads"), init=init, out_axes=q_axes)
-        self.k = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes)
-        self.v = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes)
-        self.o = Linear(heads * size, hidden, ("heads", "embed"), init=init, out_axes=("batch", "seq", "act_embed"))
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        q_axes, kv_axes, out_axes = (("batch", "seq", name) for name in ("act_heads", "act_kv_heads", "act_embed"))
+        self.q = Linear(hidden, heads * size, ("embed", "heads"), init=init, out_axes=q_axes, bias=bias)
+        self.k = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes, bias=bias)
+        self.v = Linear(hidden, kv_heads * size, ("embed", "kv_heads"), init=init, out_axes=kv_axes, bias=bias)
+        self.o = Linear(heads * size, hidden, ("heads", "embed"), init=init, out_axes=out_axes, bias=bias)
         self.prefix = nnx.Param(None)
         self.heads, self.kv_heads = heads, kv_heads
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Attend, layer: jax.Array, cache: Any
+        self, x: jax.Array, rotations: Rotations, attend: Attend, layer: Layer, cache: Any
     ) -> tuple[jax.Array, Any]:
-        q = rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotation)
-        k = rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotation)
-        v = _split_heads(self.v(x), self.kv_heads, "act_kv_heads")
+        q = checkpoint_name(rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotations.queries), "q")
+        k = checkpoint_name(rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotations.keys), "k")
+        v = checkpoint_name(_split_heads(self.v(x), self.kv_heads, "act_kv_heads"), "v")
         out, cache = attend(q, k, v, layer, cache)
         return self.o(_merge_heads(out)), cache
 

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmtune.kernels import Mask, attention
-from llmtune.models.attention import Attend
+from llmtune.models.attention import Attend, Layer
 from llmtune.models.decoder import Decoder, Params, Remat
+from llmtune.models.moe import routing_losses
 from llmtune.weights import head_loss, linear
 
-CAUSAL = Mask(causal=True)
-Aux = dict[str, jax.Array]  # sums that some architectures add to the loss; empty for a dense decoder
+Aux = dict[
+    str, jax.Array
+]  # of a mixture of experts: `penalty`, to be added to the mean loss, and its parts; else empty
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,11 @@ class LanguageModel:
     ) -> tuple[jax.Array, Aux]:
         """Hidden states after the last norm. `key` is for dropout, where a weight has any."""
         del key
+        decoder, counted = self.decoder(), (segment_ids > 0).astype(jnp.float32)
         attend = attend_within_row(segment_ids)
-        hidden, _ = self.decoder().hidden(tokens, positions, attend, dtype=self.dtype, remat=self.remat)
-        return hidden, {}
+        hidden, _, sums = decoder.hidden(tokens, positions, attend, counted=counted, dtype=self.dtype, remat=self.remat)
+        experts = decoder.config.experts
+        return hidden, {} if experts is None else routing_losses(sums, experts)
 
     def token_log_probs(
         self,
@@ -70,12 +74,10 @@ class LanguageModel:
 
 
 def attend_within_row(segment_ids: jax.Array) -> Attend:
-    """Causal attention over whole rows, each token within its own document."""
+    """Causal attention over whole rows, each token within its own document and its layer's window."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        del layer
-        scale = q.shape[-1] ** -0.5
-        out = attention(q, k, v, mask=CAUSAL, q_segments=segment_ids, kv_segments=segment_ids, scale=scale)
-        return out, cache
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: Any) -> tuple[jax.Array, Any]:
+        scale, mask = q.shape[-1] ** -0.5, Mask(causal=True, window=layer.window)
+        return attention(q, k, v, mask=mask, q_segments=segment_ids, kv_segments=segment_ids, scale=scale), cache
 
     return attend

@@ -2,10 +2,13 @@
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
 from llmtune.weights import normal
+
+Sums = dict[str, jax.Array]  # what a mixture of experts counts of its routing (see `llmtune.models.moe`); empty here
 
 
 class MLP(nnx.Module):
@@ -13,11 +16,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         hidden, inner, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
-        wide, narrow = ("batch", "seq", "act_mlp"), ("batch", "seq", "act_embed")
-        self.gate = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide)
-        self.up = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide)
-        self.down = Linear(inner, hidden, ("mlp", "embed"), init=init, out_axes=narrow)
+        wide, narrow, bias = ("batch", "seq", "act_mlp"), ("batch", "seq", "act_embed"), config.mlp_bias
+        self.gate = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide, bias=bias)
+        self.up = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide, bias=bias)
+        self.down = Linear(inner, hidden, ("mlp", "embed"), init=init, out_axes=narrow, bias=bias)
         self.adapter = nnx.Param(None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
+        del counted
+        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
+        return self.down(jax.nn.silu(gate) * up), {}

@@ -24,7 +24,7 @@ class Model(Protocol):
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """(hidden [batch, seq, hidden], auxiliary sums)."""
+        """(hidden [batch, seq, hidden], auxiliary losses: `penalty`, to be added to the mean loss, and its parts)."""
         ...
 
     def token_log_probs(
@@ -35,7 +35,7 @@ class Model(Protocol):
         targets: jax.Array,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """(log-probability of each target, log-sum-exp of its logits, auxiliary sums), float32 [batch, seq]."""
+        """(log-probability of each target, log-sum-exp of its logits, auxiliary losses), float32 [batch, seq]."""
         ...
 
     def logits(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -44,3 +44,4 @@ class Model(Protocol):
 
 
 Objective = Callable[[Model, Batch], tuple[jax.Array, jax.Array, Metrics]]
+TokenLosses = Callable[[Model, Batch], tuple[jax.Array, jax.Array]]  # losses and weights, float32 [batch, seq]

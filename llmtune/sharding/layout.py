@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llmtune.sharding.strategy import ShardingError, Strategy, spec
 
@@ -25,10 +25,16 @@ def sharding_for(
     return NamedSharding(mesh, layout)
 
 
-def axis_size(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
     """Into how many pieces a dimension with this entry of a PartitionSpec is split."""
     names = (part,) if isinstance(part, str) else (part or ())
     return math.prod(mesh.shape[name] for name in names)
+
+
+def parts(axis: str) -> int:
+    """Into how many pieces the current strategy splits a logical axis on the mesh of the function that is traced."""
+    mesh, part = jax.sharding.get_abstract_mesh(), spec(axis)[0]
+    return 1 if part is None else axis_size(mesh, part)
 
 
 def placed_by_compiler(function: Callable, *out_axes: str | None) -> Callable[..., jax.Array]:

@@ -7,7 +7,7 @@ Modules name the logical axes of their weights and activations; only this table 
 a step and *entered inside the traced function* (`with strategy.active(): ...`), so a compiled step can never be run under a
 table other than the one it was traced with. Logical axes that the table does not name are not sharded.
 
-Weights:      layers, vocab, embed, heads, kv_heads, mlp, rank
+Weights:      layers, expert, vocab, embed, heads, kv_heads, mlp, rank
 Activations:  batch, seq, act_embed, act_heads, act_kv_heads, act_mlp, act_vocab, act_rank
 """
 

@@ -7,6 +7,8 @@ This is the only module that knows Orbax. Its V1 interface is used (an attribute
 """
 
 import contextlib
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,8 +45,17 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState) -> None:
-        """Start saving. Waits for the save before, so that none is skipped and a failed one is reported here."""
+        """Start saving. Waits for the save before, so that none is skipped and a failed one is reported here.
+
+        Too little room is said before anything is written: the newest checkpoint goes only once the next is complete.
+        """
         self.wait()
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise LlmtuneError(
+                f"{self.directory}: saving a checkpoint failed (no space left on device: it may take "
+                f"{needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free); make room, and the same command goes on"
+            )
         self._saver.save_checkpointables_async(step, {"state": _flatten(state)}, force=True)
 
     def restore(self, step: int, like: TrainState, mesh: Mesh) -> TrainState:
@@ -62,11 +73,24 @@ class Checkpoints:
         return jax.tree.unflatten(structure, [flat[name] for name in _flatten(like)])
 
     def wait(self) -> None:
-        """Until what was started is on disk; raises what went wrong."""
+        """Until what was started is on disk; raises what went wrong, and leaves nothing of it."""
         try:
             self._saver.wait()
         except Exception as error:
+            self._discard_halves()
             raise LlmtuneError(f"{self.directory}: saving a checkpoint failed ({_first_line(error)})") from error
+
+    def _discard_halves(self) -> None:
+        """Remove what a failed save left; its threads may still be at it for a moment."""
+        with contextlib.suppress(Exception):
+            self._saver.close()
+        for _ in range(50 if jax.process_index() == 0 else 0):
+            halves = list(self.directory.glob("*.orbax-checkpoint-tmp"))
+            if not halves:
+                return
+            for half in halves:
+                shutil.rmtree(half, ignore_errors=True)
+            time.sleep(0.1)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -1,10 +1,11 @@
 """`metrics.jsonl`: an object per step, appended as training goes, cut at the restored step on resume."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llmtune.training.files import write_whole, written_plainly
 
 
 @dataclass(frozen=True)
@@ -13,10 +14,13 @@ class MetricsFile:
 
     path: Path
 
-    def append(self, row: dict[str, Any]) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         """One line: plain numbers and strings by name."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with written_plainly(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Nothing is held back."""
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole lines."""
@@ -28,6 +32,4 @@ class MetricsFile:
     def cut_after(self, step: int) -> None:
         """Drop what was written after `step`: those updates are about to be done again."""
         kept = [row for row in self.rows() if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -3,9 +3,14 @@
 config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
                  (all but `sharding`: a run may go on, on other devices)
 data.sha256      of the data files; a resumed run must see the same
+base.sha256      of the model that it began with (see `pretrained.Source.digest`), which checkpoints of an adapter refer to
 metrics.jsonl    an object per step
+tensorboard/     the same, for TensorBoard
+run.json         model, data, sessions: versions, devices, seconds, peak memory
 checkpoints/     Orbax
 evaluation.json  held-out loss, perplexity and sample generations before and after
+held_out/        losses and targets of each held-out example, before.npy and after.npy: what intervals are drawn from
+report.html      all of it on one page
 export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory), complete only when the run is
 """
 
@@ -15,9 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmtune.config import Run
-from llmtune.config_file import dump_run, parse_yaml
-from llmtune.errors import LlmtuneConfigError, LlmtuneError
+from llmtune.config_file import dump_run, flat, parse_yaml
+from llmtune.errors import LlmtuneConfigError
+from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
 
 
@@ -38,6 +46,11 @@ class RunDirectory:
         return self.path / "data.sha256"
 
     @property
+    def base(self) -> Path:
+        """sha256 of the base model."""
+        return self.path / "base.sha256"
+
+    @property
     def metrics(self) -> MetricsFile:
         """An object per step."""
         return MetricsFile(self.path / "metrics.jsonl")
@@ -48,20 +61,36 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def facts(self) -> Path:
+        """What is true of the run beside its curve."""
+        return self.path / "run.json"
+
+    @property
     def export(self) -> Path:
         """Finished models."""
         return self.path / "export"
 
-    def begin(self, run: Run, data_digest: str) -> None:
-        """Make the directory, and write down what the run is."""
-        try:
+    def begin(self, run: Run, data_digest: str, base_digest: str) -> None:
+        """Make the directory, and write down what the run is: first of all its configuration, by which it is known."""
+        with written_plainly(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.data, data_digest + "\n")
+        try:
             write_whole(self.config, dump_run(run))
-        except OSError as error:
-            raise LlmtuneError(
-                f"output: {run.output} cannot be written ({error.strerror}); choose another directory"
-            ) from None
+            write_whole(self.data, data_digest + "\n")
+            write_whole(self.base, base_digest + "\n")
+        except BaseException:
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
+
+    def read_facts(self) -> dict[str, Any]:
+        """What run.json holds; nothing where there is none."""
+        return json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.exists() else {}
 
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
@@ -72,20 +101,38 @@ class RunDirectory:
         """Replace evaluation.json in one step."""
         write_whole(self.path / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
 
+    def read_held_out(self, moment: str) -> np.ndarray | None:
+        """float64 [2, examples]: sums of losses and of targets, as far as measured."""
+        path = self.path / "held_out" / f"{moment}.npy"
+        return np.load(path, allow_pickle=False) if path.exists() else None
 
-def claim(run: Run, data_digest: str) -> RunDirectory:
+    def write_held_out(self, moment: str, sums: np.ndarray) -> None:
+        """Replace held_out/<moment>.npy in one step."""
+        folder = self.path / "held_out"
+        folder.mkdir(exist_ok=True)
+        partial = folder / f"{moment}.partial"
+        with partial.open("wb") as file:
+            np.save(file, sums, allow_pickle=False)
+        os.replace(partial, folder / f"{moment}.npy")
+
+
+def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
     """The run's directory, new or taken up again; nothing is written yet.
 
-    Refuses one that holds something else, another run, or a run on other data.
+    Refuses one that holds something else, another run, or a run on other data or another base model.
     """
     directory = RunDirectory(Path(run.output).absolute())
     if directory.config.exists():
         _refuse_another_run(directory, dump_run(run))
-        if directory.data.exists() and directory.data.read_text(encoding="utf-8").strip() != data_digest:
-            raise LlmtuneConfigError(
-                f"output: {directory.path} was begun with other data (its files have changed since); "
-                "choose another directory, or restore the files"
-            )
+        for path, digest, what in (
+            (directory.data, data_digest, "other data (its files have"),
+            (directory.base, base_digest, f"another base model (the files of {run.model} have"),
+        ):
+            if path.exists() and path.read_text(encoding="utf-8").strip() != digest:
+                raise LlmtuneConfigError(
+                    f"output: {directory.path} was begun with {what} changed since); "
+                    "choose another directory, or restore the files"
+                )
         return directory
     if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
         raise LlmtuneConfigError(
@@ -94,22 +141,12 @@ def claim(run: Run, data_digest: str) -> RunDirectory:
     return directory
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _refuse_another_run(directory: RunDirectory, text: str) -> None:
     try:
         written = directory.config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise LlmtuneConfigError(f"output: {directory.config} cannot be read; choose another directory") from None
-    there, here = _flat(parse_yaml(written, str(directory.config))), _flat(parse_yaml(text, "this run"))
+    there, here = flat(parse_yaml(written, str(directory.config))), flat(parse_yaml(text, "this run"))
     keys = [key for key in {**there, **here} if not key.startswith("sharding")]
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
@@ -118,13 +155,3 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
         raise LlmtuneConfigError(
             f"output: {directory.path} holds another run ({shown}{more}); choose another directory, or the same configuration"
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in _flat(child, f"{prefix}.{name}".lstrip(".")).items()
-    }

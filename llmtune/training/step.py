@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from llmtune.objectives.record import Batch, Model, Objective
+from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
 from llmtune.sharding import Strategy, spec
 from llmtune.training.state import TrainState
 from llmtune.transforms import combine
@@ -21,7 +22,7 @@ from llmtune.transforms import combine
 Bind = Callable[[Any], Model]  # a tree of weights -> the record that objectives see
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+EvalStep = Callable[[Any, Any, Batch, Any], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
@@ -32,17 +33,20 @@ def make_train_step(
     strategy: Strategy,
     microbatches: int,
 ) -> TrainStep:
-    """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`."""
+    """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`.
 
-    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
-        return loss, weight
+    And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts.
+    """
+
+    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, weight, figures = objective(bind(combine(trainable, frozen)), batch)
+        return loss, (weight, figures)
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with strategy.active():
-            (loss, weight), grads = accumulate(gradient, microbatches, state.trainable, frozen, batch)
+            (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, batch)
             total = jnp.maximum(weight, 1.0)
             grads = jax.tree.map(lambda g: g / total, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -53,25 +57,37 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": (batch["segment_ids"] > 0).sum(),
             "target_tokens": weight,
+            **{name: value / total for name, value in figures.items()},
         }
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
 
 
-def make_eval_step(bind: Bind, objective: Objective, strategy: Strategy) -> EvalStep:
-    """(trainable, frozen, batch) -> (loss sum, weight sum)."""
+def make_eval_step(bind: Bind, token_losses: TokenLosses, strategy: Strategy) -> EvalStep:
+    """(trainable, frozen, batch, documents) -> (loss sums, weight sums), float32 [batch, documents] on every device.
 
-    def step(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    `documents`: 1..K, the segments of a row that are summed, each by itself: what a confidence interval draws from.
+    """
+
+    def step(trainable: Any, frozen: Any, batch: Batch, documents: jax.Array) -> tuple[jax.Array, jax.Array]:
         with strategy.active():
-            loss, weight, _ = objective(bind(combine(trainable, frozen)), batch)
+            per_token = token_losses(bind(combine(trainable, frozen)), batch)
+        sums = (document_sums(values, batch["segment_ids"], documents) for values in per_token)
+        loss, weight = (jax.sharding.reshard(own, PartitionSpec()) for own in sums)
         return loss, weight
 
     return step
 
 
+def document_sums(values: jax.Array, segment_ids: jax.Array, documents: jax.Array) -> jax.Array:
+    """[batch, seq] and the segment of each place -> [batch, documents]; a compare and a sum, which XLA fuses."""
+    own = segment_ids[:, None, :] == documents[None, :, None]
+    return jnp.where(own, values[:, None, :], 0.0).sum(-1)
+
+
 def accumulate(gradient: Callable, microbatches: int, trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
-    """((loss sum, weight sum), gradient of the loss sum) over `microbatches` pieces of the batch's rows."""
+    """((loss sum, (weight sum, sums of metrics)), gradient of the loss sum) over `microbatches` pieces of the batch's rows."""
     if microbatches == 1:
         return gradient(trainable, frozen, batch)
     pieces = jax.tree.map(lambda rows: split_rows(rows, microbatches), batch)

@@ -66,6 +66,8 @@ def lora_from(factors: Mapping[str, Factors], *, rslora: bool) -> Transform:
 
 def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
     spec = _declared_matrix(base)
+    if "expert" in spec.axes:
+        raise LlmtuneConfigError(f"adapt.targets: {path} holds experts, which LoRA does not adapt yet; leave them out")
     (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = spec.shape, spec.axes
     if rank < 1 or rank > min(n_in, n_out):
         raise LlmtuneConfigError(

@@ -2,7 +2,7 @@
 
 A weight's path is its place in the parameter tree, `layers/0/attention/q/kernel`. A rule is one of
 
-    all-linear            every matrix of the layers (the embedding and the head excluded, as in peft)
+    all-linear            every matrix of the layers (the embedding, the head and experts excluded, as in peft)
     attention, mlp        those of one part of a block
     lm_head               the head, where it is not tied to the embedding
     q_proj, up_proj, ...  the names that peft users know
@@ -20,9 +20,9 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.weights import is_operator, path_name
 
 NAMED_RULES = {
-    "all-linear": r"^layers/.*/(attention|mlp)/.*kernel$",
+    "all-linear": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/)kernel$",
     "attention": r"^layers/.*/attention/.*kernel$",
-    "mlp": r"^layers/.*/mlp/.*kernel$",
+    "mlp": r"^layers/.*/mlp/(gate|up|down)/kernel$",
     "lm_head": r"^head/kernel$",
     **{f"{name}_proj": rf"/attention/{name}/kernel$" for name in "qkvo"},
     **{f"{name}_proj": rf"/mlp/{name}/kernel$" for name in ("gate", "up", "down")},

@@ -1,6 +1,6 @@
 """Weights: arrays or operators, and the four doors through which models touch them. Stands on `sharding` only."""
 
-from llmtune.weights.doors import Weight, embed_lookup, expert_linear, head_loss, linear, unembed
+from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
 from llmtune.weights.operator import Operator, is_operator, map_fields
@@ -8,6 +8,25 @@ from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, 
 from llmtune.weights.tied import Tied
 
 __all__ = [
-    "ArraySpec", "Initializer", "LoRA", "Operator", "Tied", "Weight", "constant", "dense", "embed_lookup", "expert_linear",
-    "head_loss", "is_operator", "linear", "map_fields", "materialize", "normal", "path_name", "shardings", "unembed", "uniform",
-]  # fmt: skip
+    "ArraySpec",
+    "Initializer",
+    "LoRA",
+    "Operator",
+    "Tied",
+    "Weight",
+    "add_bias",
+    "constant",
+    "dense",
+    "embed_lookup",
+    "expert_linear",
+    "head_loss",
+    "is_operator",
+    "linear",
+    "map_fields",
+    "materialize",
+    "normal",
+    "path_name",
+    "shardings",
+    "unembed",
+    "uniform",
+]

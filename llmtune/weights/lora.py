@@ -12,6 +12,7 @@ from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.weights.doors import Weight, linear
 from llmtune.weights.materialized import dense
@@ -36,10 +37,10 @@ class LoRA(Operator):
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
-        """X @ base + scale * (x @ a) @ b."""
-        low = linear(linear(x, self.a, ("batch", "seq", "act_rank")), self.b, out_axes)
-        return linear(x, self.base, out_axes) + self.scale.astype(x.dtype) * low
+    def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """X @ base + (scale * x @ a) @ b: scaled where it is narrow."""
+        low = checkpoint_name(linear(x, self.a, ("batch", "seq", "act_rank")), "low_rank")
+        return linear(x, self.base, out_axes) + linear(self.scale.astype(x.dtype) * low, self.b, out_axes)
 
     def dense(self) -> jax.Array:
         """Base + scale * a @ b, in float32."""

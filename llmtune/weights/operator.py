@@ -18,7 +18,7 @@ class Operator(abc.ABC):
     trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
 
     @abc.abstractmethod
-    def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
+    def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """[batch, seq, in] -> [batch, seq, out], laid out as `out_axes` say."""
 
     @abc.abstractmethod

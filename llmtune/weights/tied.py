@@ -20,7 +20,7 @@ class Tied(Operator):
 
     trainable: ClassVar[tuple[str, ...]] = ("table",)
 
-    def apply(self, x: jax.Array, out_axes: tuple[str, ...]) -> jax.Array:
+    def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """X @ table.T."""
         return unembed(x, self.table, out_axes)
 

@@ -28,6 +28,8 @@ ROUND_TRIPS = {
     "multi-head": ("multi-head", {}, "meta"),
     "Mistral": ("mistral", {}, "mistral"),
     "tied Mistral": ("mistral", {"tie_word_embeddings": True}, "mistral"),
+    "Mistral with a window": ("mistral", {"sliding_window": 32}, "mistral"),
+    "Mixtral": ("mixtral", {}, "mistral"),
     "Hugging Face": ("head_dim unlike hidden / heads", {}, "hf"),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,6 +39,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "more", "to"), ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 def test_there_and_back_is_byte_equal(name, more, to, dtype, sharded, tmp_path):
+    """Configs too, to the letter."""
     source = save_model(name, tmp_path / "hf", dtype=dtype, **EVEN, **more)
     (source / "tokenizer_config.json").write_text("{}")
     size = 40_000 if sharded else 10**9
@@ -102,7 +105,7 @@ def flip(target):
 def test_one_flipped_bit_fails_the_verification_and_leaves_nothing(tmp_path, monkeypatch):
     source = save_model("gqa untied", tmp_path / "hf")
     monkeypatch.setattr(conversion, "copy_companions", lambda source, target: flip(target))
-    with pytest.raises(LlmtuneFormatError, match=r"verification failed: lm_head\.weight"):
+    with pytest.raises(LlmtuneFormatError, match=r"verification failed: \S+\.weight reads back"):
         convert(source, tmp_path / "out", verify=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
     convert(source, tmp_path / "unverified")
@@ -123,7 +126,7 @@ def test_another_configuration_fails_the_verification(tmp_path, monkeypatch):
 
 def test_q_and_k_that_are_written_in_the_wrong_order_fail_the_verification(tmp_path, monkeypatch, stories):
     monkeypatch.setattr(layouts, "half_to_interleaved", lambda head_dim: tuple(range(head_dim)))
-    with pytest.raises(LlmtuneFormatError, match=r"verification failed: model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(LlmtuneFormatError, match=r"verification failed: model\.layers\.0\.self_attn\.[qk]_proj"):
         convert(stories, tmp_path / "out", to="meta", verify=True)
     assert not list(tmp_path.iterdir())
 
@@ -159,7 +162,7 @@ def test_the_command_says_it_in_one_line(tmp_path, stories, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     for arguments, said in [
         ((stories, tmp_path / "full"), "exists and is not empty"),
-        ((stories, tmp_path / "out"), "GB are needed, 0.00 GB are free"),
+        ((stories, tmp_path / "out"), "are needed, 1.00 kB are free"),
         ((tmp_path / "absent", tmp_path / "out"), "not a directory"),
         ((tmp_path / "full", tmp_path / "out"), "no config.json"),
         ((stories, tmp_path / "out", "--to", "mistral"), "LlamaForCausalLM"),

@@ -250,6 +250,33 @@ def test_mistral_becomes_the_model_that_it_is_and_back(torch_file, dtype, tmp_pa
     assert open_layout(tmp_path / "back").config == open_layout(tmp_path / "hf").config
 
 
+def test_mixtral_becomes_the_model_that_it_is_and_back(tmp_path):
+    model = make_model("mixtral", **{**SIZES, "head_dim": 8})
+    model.save_pretrained(tmp_path / "hf")
+    state = {}
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        inner = name.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
+        for theirs, ours in {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
+                             "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
+                             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+                             "self_attn.o_proj": "attention.wo"}.items():  # fmt: skip
+            inner = inner.replace(theirs, ours)
+        if inner.endswith(("wq.weight", "wk.weight")):
+            tensor = tensor.view(-1, 2, 4, 64).transpose(1, 2).reshape(tensor.shape)
+        state[inner] = tensor.contiguous()
+    (tmp_path / "mistral").mkdir()
+    save_file(state, tmp_path / "mistral" / "consolidated.safetensors")
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2}
+    params = params_of(model.config, head_dim=8, hidden_dim=96, moe=mixture)
+    (tmp_path / "mistral" / "params.json").write_text(json.dumps(params))
+    convert(tmp_path / "mistral", tmp_path / "out", Plan(), verify=lambda one, other: None)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    convert(tmp_path / "hf", tmp_path / "back", Plan(to="mistral"))
+    back = load_file(tmp_path / "back" / "consolidated.safetensors")
+    assert set(back) == set(state) and all(torch.equal(back[n], t) for n, t in state.items())
+    assert read_json(tmp_path / "back" / "params.json")["moe"] == mixture
+
+
 WRONG_MISTRAL = {
     "an unknown field": ({"yarn": {"factor": 16}}, "yarn"),
     "a vision tower": ({"vision_encoder": {}}, "vision tower"),

@@ -19,6 +19,7 @@ SIZES = {
 MODELS = {
     "untied": ("gqa untied", {}),
     "tied": ("tied", {}),
+    "mixture": ("mixtral", {}),
     "odd head_dim": ("head_dim unlike hidden / heads", {"head_dim": 10}),
 }
 

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 FILES = sorted(path for package in ("llmtune", "checkpoints_convert") for path in (ROOT / package).rglob("*.py"))
 STANDS_ON = {  # room -> the rooms that it may import, besides itself and llmtune.errors
     "llmtune.kernels": {"llmtune.sharding"},
-    "llmtune.weights": {"llmtune.sharding"},
+    "llmtune.weights": {"llmtune.kernels", "llmtune.sharding"},
     "llmtune.models": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},
     "llmtune.transforms": {"llmtune.weights", "llmtune.sharding"},
     "llmtune.objectives": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},
@@ -157,6 +157,7 @@ def test_every_module_can_be_the_first_to_be_imported():
         "from llmtune.cli import main; main(['train', '--help'])",
         "from llmtune.cli import main; main(['generate', '--help'])",
         "from llmtune.cli import main; main(['generate'])",
+        "from llmtune.cli import main; main(['report', '--help'])",
     ],
 )
 def test_asking_costs_nothing(work):

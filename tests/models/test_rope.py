@@ -43,7 +43,7 @@ def test_rotations_of_queries(case):
     theta, scaling, size = CASES[case]
     positions = np.array([[0, 1, 7, 255, 256, 1023, 4095, 9000]], np.int32)
     x = np.random.default_rng(0).standard_normal((1, 8, 3, size)).astype(np.float32)
-    rotation = rotations(Rope(theta, scaling and Llama3Scaling(**scaling)), size, jnp.asarray(positions))
+    rotation = rotations(Rope(theta, scaling and Llama3Scaling(**scaling)), size, jnp.asarray(positions)).keys
     cos, sin = theirs(theta, scaling, size)(torch.tensor(x), torch.tensor(positions))
     expected, _ = apply_rotary_pos_emb(*(torch.tensor(x).transpose(1, 2),) * 2, cos, sin)
     np.testing.assert_allclose(rotate(jnp.asarray(x), rotation), expected.transpose(1, 2), atol=2e-3)
@@ -53,7 +53,7 @@ def test_rotations_of_queries(case):
 
 def test_sixteen_bit_inputs_are_turned_in_float32():
     x = np.random.default_rng(0).standard_normal((1, 4, 2, 64)).astype(np.float32)
-    rotation = rotations(Rope(), 64, jnp.asarray([[1000, 1001, 1002, 1003]]))
+    rotation = rotations(Rope(), 64, jnp.asarray([[1000, 1001, 1002, 1003]])).keys
     half = jnp.asarray(x, jnp.bfloat16)
     exact = rotate(half.astype(jnp.float32), rotation)
     assert rotate(half, rotation).dtype == jnp.bfloat16

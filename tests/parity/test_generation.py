@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import llmtune
-from tests.parity.reference import save_model
+from tests.parity.reference import MODELS, load_reference, save_model
 
 PROMPTS = (
     "Once upon a time", "Lily and Tom went to the park", "The", "One day, a big dog", "Tim had a red ball. He", "Mom said",
@@ -15,7 +15,7 @@ PROMPTS = (
 
 
 def reference_completions(directory, prompts, count, eos):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_reference(directory)
     completions = []
     for prompt in prompts:
         with torch.no_grad():
@@ -40,11 +40,44 @@ def test_a_real_model_continues_as_in_transformers(stories, strategy):
     assert [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)] == whole
 
 
-def test_random_models_and_rows_of_one_token(tmp_path):
-    directory = save_model("gqa untied", tmp_path / "hf")
-    prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (1, 2, 40, 130)]
-    expected = reference_completions(directory, prompts, 64, [2])
-    assert llmtune.load(directory).generate(prompts, max_new_tokens=64) == expected
+OFTEN = ("gqa untied", "llama3 scaling beyond the original length", "mistral")
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.nightly) for n in MODELS])
+def test_random_models_and_rows_of_one_token(name, tmp_path):
+    directory = save_model(name, tmp_path / "hf")
+    prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (1, 2, 3, 17, 40, 64, 130, 200)]
+    expected = reference_completions(directory, prompts, 128, [2])
+    assert llmtune.load(directory).generate(prompts, max_new_tokens=128) == expected
+
+
+CACHED = ("mistral with a window", "ministral, interleaved windows", "ministral 3", "mixtral")
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_continuations_across_the_edge_of_the_window(name, tmp_path):
+    """Windows of 32: prompts within, at the edge of and beyond them, left-padded beside each other, continued beyond."""
+    continues_alike(name, tmp_path / "hf")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CACHED])
+def test_continuations_of_every_other_model(name, tmp_path):
+    continues_alike(name, tmp_path / "hf")
+
+
+def continues_alike(name, directory, strategy=None, **more):
+    save_model(name, directory, **more)
+    prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (3, 31, 70)]
+    model = llmtune.load(directory, strategy=strategy)
+    assert model.generate(prompts, max_new_tokens=48) == reference_completions(directory, prompts, 48, [2])
+    return model
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("mixtral", "expert"), ("ministral, interleaved windows", "tensor")])
+def test_continuations_of_a_sharded_model(name, strategy, tmp_path):
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 200, "head_dim": 16}
+    assert continues_alike(name, tmp_path / "hf", strategy, **sizes).mesh.size == 8
 
 
 def test_the_end_of_a_completion(stories):

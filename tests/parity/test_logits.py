@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from tests.parity.reference import MODELS, save_model
+from tests.parity.reference import MODELS, load_reference, save_model
 
 TOLERANCE = 1e-4
 LENGTH = 600
@@ -17,7 +17,7 @@ LENGTH = 600
 @pytest.fixture(scope="module", params=list(MODELS))
 def pair(request, tmp_path_factory):
     directory = save_model(request.param, tmp_path_factory.mktemp("model") / "hf")
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    reference = load_reference(directory)
     return llmtune.load(directory), reference
 
 
@@ -32,19 +32,19 @@ def reference_logits(reference, tokens, **inputs):
 
 def test_plain(pair):
     model, reference = pair
-    tokens = tokens_of(model, 2)
+    tokens = tokens_of(model, 3)
     np.testing.assert_allclose(model.logits(tokens), reference_logits(reference, tokens), atol=TOLERANCE)
 
 
 def test_packed_documents_see_only_themselves(pair):
     model, reference = pair
     lengths = (200, 1, 330, 69)
-    tokens = tokens_of(model, 1)
-    segments = np.repeat(np.arange(1, 5), lengths)[None]
+    tokens = tokens_of(model, 3)  # all of one shape, so that each model is compiled once
+    segments = np.tile(np.repeat(np.arange(1, 5), lengths), (3, 1))
     logits = model.logits(tokens, segment_ids=segments)[0]
     start = 0
     for length in lengths:
-        alone = reference_logits(reference, tokens[:, start : start + length])[0]
+        alone = reference_logits(reference, tokens[:1, start : start + length])[0]
         np.testing.assert_allclose(logits[start : start + length], alone, atol=TOLERANCE)
         start += length
 
@@ -63,8 +63,8 @@ def test_left_padded_and_ragged_rows(pair):
 
 def test_explicit_positions_feed_rope_alone(pair):
     model, reference = pair
-    tokens = tokens_of(model, 1, 300)
-    positions = np.arange(300)[None] * 2 + 11
+    tokens = tokens_of(model, 3)
+    positions = np.tile(np.arange(LENGTH) * 2 + 11, (3, 1))
     expected = reference_logits(reference, tokens, position_ids=torch.tensor(positions))
     np.testing.assert_allclose(model.logits(tokens, positions=positions), expected, atol=TOLERANCE)
 
@@ -82,7 +82,7 @@ def test_a_real_model(stories):
 @pytest.mark.parametrize("length", [1, 2, 17, 1500])
 def test_lengths_beyond_the_dense_kernel(length, tmp_path):
     directory = save_model("gqa untied", tmp_path / "hf", max_position_embeddings=2048)
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    reference = load_reference(directory)
     model = llmtune.load(directory)
     tokens = tokens_of(model, 1, length)
     np.testing.assert_allclose(model.logits(tokens), reference_logits(reference, tokens), atol=TOLERANCE)
@@ -105,7 +105,7 @@ def test_both_spellings_of_config_json(tmp_path):
 
 def test_bfloat16_on_disk_is_read_exactly(tmp_path):
     directory = save_model("gqa untied", tmp_path / "hf", dtype=torch.bfloat16)
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    reference = load_reference(directory)
     model = llmtune.load(directory)
     tokens = tokens_of(model, 1)
     np.testing.assert_allclose(model.logits(tokens), reference_logits(reference, tokens), atol=TOLERANCE)

@@ -19,13 +19,13 @@ def test_one_mesh_axis_twice_in_a_tensor_is_refused():
         Strategy("s", {"embed": ("fsdp",), "mlp": ("fsdp",)}).spec("embed", "mlp")
 
 
-@pytest.mark.parametrize("name", ["fsdp", "tensor"])
+@pytest.mark.parametrize("name", ["expert", "fsdp", "tensor"])
 def test_shipped_strategies_load(name):
     assert load_strategy(name, configs_directory() / "strategies").gather == ("fsdp",)
 
 
 def test_unknown_strategy_lists_the_known():
-    with pytest.raises(ShardingError, match="known: fsdp, tensor"):
+    with pytest.raises(ShardingError, match="known: expert, fsdp, tensor"):
         load_strategy("zero9", configs_directory() / "strategies")
 
 

@@ -88,6 +88,22 @@ def test_changed_data_is_refused(stories, data, tmp_path):
         llmtune.train(run)
 
 
+def test_a_changed_base_is_refused(stories, data, tmp_path):
+    """An adapter's checkpoint means nothing on other weights, not even on those that differ in one tensor."""
+    model = shutil.copytree(stories, tmp_path / "model")
+    run = small_run(tmp_path, model, data, adapt={"rank": 4, "alpha": 8})
+    train_until(run, 5)
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(LlmtuneError, match=r"begun with another base model \(the files of .*model have changed since"):
+        llmtune.train(run)
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    train_until(run, 6)
+
+
 def test_a_directory_of_something_else_is_left_alone(stories, data, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
@@ -117,3 +133,4 @@ def test_a_full_disk_is_one_clear_line(stories, data, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
     assert "saving a checkpoint failed" in done.stderr
     assert not (tmp_path / "run" / "export").exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())

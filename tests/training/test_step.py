@@ -123,5 +123,5 @@ def test_sixteen_bit_compute_keeps_float32_masters_and_the_frozen_base_as_stored
 
 def test_shipped_strategies_are_those_the_tests_cover():
     names = {path.stem for path in (configs_directory() / "strategies").glob("*.yaml")}
-    assert names == {"fsdp", "tensor"}
+    assert names == {"expert", "fsdp", "tensor"}
     assert all(load_strategy(name, configs_directory() / "strategies").gather for name in names)

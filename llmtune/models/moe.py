@@ -1,0 +1,149 @@
+"""Mixture of experts (Jiang et al. 2024, arXiv:2401.04088): each token goes through the k MLPs its router likes best.
+
+    p = softmax(x @ router)                     in float32, over all experts
+    y = sum over the k largest p of  p_e / (their sum) * down_e(silu(gate_e(x)) * up_e(x))
+
+No token is dropped: rows are sorted by expert, and each matrix of all experts is one grouped matmul over them. Every device
+sorts its own tokens; where experts are spread over devices, each computes its own experts for the tokens of its rows, and the
+parts of a token are added up once, after `down`. Arrays of sorted rows are [expert parts, batch parts, rows, width].
+
+Training adds the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, eqs. 4 to 6, with transformers' means over the
+tokens of all layers, padding left out) and, where the config asks for it, the router's z-loss (Zoph et al. 2022,
+arXiv:2202.08906, eq. 5). Layers return sums; `routing_losses` divides them once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmtune.models.config import Experts, ModelConfig
+from llmtune.models.linear import Linear
+from llmtune.models.mlp import Sums
+from llmtune.sharding import parts, placed_by_compiler, spec
+from llmtune.weights import ArraySpec, Initializer, expert_linear, normal
+
+ROWS = ("expert", "batch", None)  # logical axes of sorted rows, before their width
+
+
+class ExpertLinear(nnx.Module):
+    """Sorted rows times the matrix of their expert; kernel [experts, in, out]."""
+
+    def __init__(self, experts: int, n_in: int, n_out: int, axes: tuple[str, str], *, init: Initializer, out_axis: str):
+        self.kernel: nnx.Param[Any] = nnx.Param(ArraySpec((experts, n_in, n_out), ("expert", *axes), init=init))
+        self.out_axis = out_axis
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return expert_linear(rows, self.kernel.get_value(), group_sizes, (*ROWS, self.out_axis))
+
+
+class ExpertMLP(nnx.Module):
+    """The MLPs of all experts over sorted rows [expert parts, batch parts, rows, hidden]."""
+
+    def __init__(self, config: ModelConfig, experts: int):
+        hidden, inner, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
+        self.gate = ExpertLinear(experts, hidden, inner, ("embed", "mlp"), init=init, out_axis="act_mlp")
+        self.up = ExpertLinear(experts, hidden, inner, ("embed", "mlp"), init=init, out_axis="act_mlp")
+        self.down = ExpertLinear(experts, inner, hidden, ("mlp", "embed"), init=init, out_axis="act_embed")
+
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(rows, sizes)) * self.up(rows, sizes), sizes)
+
+
+class MoE(nnx.Module):
+    """[batch, seq, hidden] -> the same, and the sums of its routing."""
+
+    def __init__(self, config: ModelConfig):
+        assert config.experts is not None
+        self.number, self.chosen = config.experts.num_local_experts, config.experts.num_experts_per_tok
+        self.router = Linear(
+            config.hidden_size,
+            self.number,
+            ("embed", None),
+            init=normal(config.initializer_range),
+            out_axes=("batch", "seq", None),
+        )
+        self.experts = ExpertMLP(config, self.number)
+
+    def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
+        weights, chosen, logits, probabilities = self.route(x)
+        out = self.through_experts(x, chosen, weights)
+        return out, routing_sums(logits, probabilities, chosen, counted)
+
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(weights, chosen) [batch, seq, k], and the (logits, probabilities) [batch, seq, experts] they come from."""
+        logits = self.router(x.astype(jnp.float32))
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, chosen = jax.lax.top_k(probabilities, self.chosen)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        return weights, chosen, logits, probabilities
+
+    def through_experts(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        """The weighted sum of the chosen experts' results. chosen int32, weights float32, both [batch, seq, k]."""
+        batch, seq, width = x.shape
+        ways, k = parts("batch"), self.chosen
+        tokens = _reshape(x, (ways, batch // ways * seq, width), "batch", None, "act_embed")
+        picks = _reshape(chosen, (ways, batch // ways * seq * k), "batch", None)
+        order, place, sizes = self.sorted_by_expert(picks)
+        rows = placed_by_compiler(_take_rows, *ROWS, "act_embed")(tokens, order // k)
+        rows = self.experts(rows, sizes)
+        rows = placed_by_compiler(_take_own_rows, *ROWS, "act_embed")(rows, place).astype(jnp.float32)
+        rows = rows.sum(axis=0)  # over the parts of the experts: elsewhere a row is zero
+        results = _reshape(rows, (batch, seq, k, width), "batch", "seq", None, "act_embed")
+        return (results * weights[..., None]).sum(axis=2).astype(x.dtype)
+
+    def sorted_by_expert(self, picks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """For each part of the experts: the picks in order of expert, its own first; where each went; rows per own expert.
+
+        picks int32 [batch parts, rows]: the expert that each row chose -> order and place int32 [expert parts, batch parts,
+        rows], sizes int32 [expert parts, batch parts, own experts].
+        """
+        ways = parts("expert")
+        own = self.number // ways
+        first = jnp.arange(ways, dtype=jnp.int32)[:, None, None] * own
+        ranks = jax.sharding.reshard((picks[None] - first) % self.number, spec(*ROWS))
+        order = jnp.argsort(ranks, axis=-1, stable=True).astype(jnp.int32)
+        place = jnp.argsort(order, axis=-1).astype(jnp.int32)
+        sizes = (ranks[..., None] == jnp.arange(own)).sum(axis=2).astype(jnp.int32)
+        return order, place, sizes
+
+
+def _take_rows(tokens: jax.Array, index: jax.Array) -> jax.Array:
+    """[parts, tokens, width], int32 [copies, parts, rows] -> [copies, parts, rows, width]."""
+    return jax.vmap(jax.vmap(lambda own, at: own[at]), in_axes=(None, 0))(tokens, index)
+
+
+def _take_own_rows(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """[copies, parts, rows, width], int32 [copies, parts, rows] -> like rows."""
+    return jax.vmap(jax.vmap(lambda own, at: own[at]))(rows, index)
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+    return jax.lax.reshape(x, shape, out_sharding=spec(*axes))
+
+
+def routing_sums(
+    logits: jax.Array, probabilities: jax.Array, chosen: jax.Array, counted: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Over the tokens where `counted` (float32 [batch, seq]; None: all) is 1: how many, what they chose, what they thought."""
+    counted = jnp.ones(logits.shape[:2], jnp.float32) if counted is None else counted
+    hits = (chosen[..., None] == jnp.arange(logits.shape[-1])).sum(axis=2).astype(jnp.float32)
+    each = counted[..., None]
+    return {
+        "tokens": counted.sum(),
+        "assigned": (hits * each).sum(axis=(0, 1)),
+        "probability": (probabilities * each).sum(axis=(0, 1)),
+        "square": (jnp.square(jax.nn.logsumexp(logits, axis=-1)) * counted).sum(),
+    }
+
+
+def routing_losses(sums: Sums, experts: Experts) -> dict[str, jax.Array]:
+    """From sums over layers and tokens: `aux_loss`, `z_loss` where it is used, and `penalty`, what training adds to the mean."""
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    balance = (sums["assigned"] / tokens * sums["probability"] / tokens).sum() * experts.num_local_experts
+    losses = {"aux_loss": balance, "penalty": experts.router_aux_loss_coef * balance}
+    if experts.router_z_loss_coef:
+        losses["z_loss"] = sums["square"] / tokens
+        losses["penalty"] += experts.router_z_loss_coef * losses["z_loss"]
+    return losses

@@ -138,7 +138,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(Path(own.tokenizer))
     assert tokenizer is not None
-    count = sum(1 for line in Path(own.rows).open(encoding="utf-8") if line.strip())
+    count = sum(1 for line in Path(own.rows).read_bytes().splitlines() if line.strip())
     shape = "llama3.1-8b" if tokenizer.vocab_size > 32768 else "mistral-7b-v0.3"
     settings = {"rows": own.rows, "tokenizer": own.tokenizer, "length": own.length, "shape": shape,
                 "bos": tokenizer.bos_id, "eos": tokenizer.eos_ids[0]}  # fmt: skip

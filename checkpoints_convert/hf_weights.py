@@ -1,10 +1,9 @@
 """Hugging Face weights in and out: strict about names and shapes, streaming tensor by tensor, straight into shardings."""
 
 import functools
-import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import numpy as np
 from checkpoints_convert.hf_config import model_config_to_hf
 from checkpoints_convert.hf_multimodal import carried, stored_names, text_tower
 from checkpoints_convert.hf_names import Tensor, tensors
-from checkpoints_convert.safetensors_reader import WeightDirectory, open_directory
+from checkpoints_convert.placing import place
+from checkpoints_convert.safetensors_reader import Described, WeightDirectory, Weights, open_directory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
@@ -23,18 +23,21 @@ from llmtune.weights import path_name
 
 STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|generation_config\.json|chat_template.*"
-    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*|LICENSE.*|NOTICE.*|USE_POLICY.*",
+PIECE = 4 * 1024 * 1024  # bytes cast at a time
+TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template.*"
+    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*",
     re.IGNORECASE,
 )
+COMPANIONS = re.compile(rf"{TOKENIZER.pattern}|generation_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
+VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.model|.*\.model\.v\d+.*", re.IGNORECASE)
 Progress = Callable[[int], None]
 Fetch = Callable[
     [str, tuple[int, ...]], np.ndarray
 ]  # (our path, place in a stacked weight) -> the matrix [in, out], on the host
 
 
-def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
+def check_tensors(weights: Weights, config: ModelConfig) -> None:
     """Names and shapes, both ways. Tolerated: a tied head stored again with the same bytes, and old rotary buffers."""
     expected = {tensor.name: tensor.shape for tensor in tensors(config)}
     present = {name: info.shape for name, info in weights.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -60,23 +63,26 @@ def check_tensors(weights: WeightDirectory, config: ModelConfig) -> None:
             raise LlmtuneFormatError(
                 f"{info.file}: {name} is stored as {info.dtype}; convert it to one of {', '.join(map(str, STORED))}"
             )
+    _check_halves([weights.tensors[name] for name in expected])
+
+
+def open_weights(directory: Path, config: ModelConfig) -> WeightDirectory:
+    """The directory's tensors that make up the model, under the names of its modules."""
+    return text_tower(open_directory(directory), config)
 
 
 def load_params(
-    directory: Path, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
+    weights: Weights, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
 ) -> Any:
-    """The parameter tree laid out as `layouts` (a Sharding per weight); each device's part is read from disk by itself."""
-    weights = text_tower(open_directory(directory), config)
+    """The parameter tree laid out as `layouts` (a NamedSharding per weight); each device's part is read from disk by itself."""
     check_tensors(weights, config)
     by_path: dict[str, list[Tensor]] = {}
     for tensor in tensors(config):
         by_path.setdefault(tensor.path, []).append(tensor)
 
-    def load(path: tuple[Any, ...], layout: jax.sharding.Sharding) -> jax.Array:
-        array = _load_weight(weights, by_path[path_name(path)], layout, dtype)
-        jax.block_until_ready(array)  # or the host's copies of several weights wait for the transfer at once
-        progress(sum(weights.tensors[t.name].end - weights.tensors[t.name].start for t in by_path[path_name(path)]))
-        return array
+    def load(path: tuple[Any, ...], layout: jax.sharding.NamedSharding) -> jax.Array:
+        parts = by_path[path_name(path)]
+        return place(weights, parts, layout, _dtype(weights, parts, dtype), progress)
 
     return jax.tree_util.tree_map_with_path(load, layouts)
 
@@ -87,16 +93,18 @@ def save_directory(
     config: ModelConfig,
     hf_config: Mapping[str, Any],
     source: Path | None,
-    companions: Path | None,
+    companions: Sequence[Path],
     *,
     dtype: str | None = None,
     stored_dtype: str = "float32",
     max_shard_bytes: int = SHARD_BYTES,
+    complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
     """A complete Hugging Face directory: weights, config.json, and the tokenizer and notices that lie in `companions`.
 
-    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`.
+    Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`. Files
+    of later companions replace those of earlier ones; `complete` is called last, before the directory appears.
     """
     stored = None if source is None else open_directory(source)
     on_disk = {} if stored is None else {name: i.dtype for name, i in text_tower(stored, config).tensors.items()}
@@ -114,15 +122,21 @@ def save_directory(
     with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)
         write_json(partial / "config.json", _config_json(config, hf_config, dtype))
-        if companions is not None:
-            copy_companions(companions, partial)
+        for directory in companions:
+            copy_companions(directory, partial)
+        complete(partial)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, chat template and licence files; never weights."""
+def copy_companions(source: Path, target: Path, which: re.Pattern[str] = COMPANIONS) -> None:
+    """Tokenizer, generation config, chat template and licence files (or only `which`); never weights."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and COMPANIONS.fullmatch(file.name):
+        if file.is_file() and which.fullmatch(file.name):
             shutil.copyfile(file, target / file.name)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a vocabulary lies there, in whatever format."""
+    return any(file.is_file() and VOCABULARY.fullmatch(file.name) for file in directory.iterdir())
 
 
 def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -133,51 +147,32 @@ def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str |
     return result
 
 
-def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+def _produce(fetch: Fetch, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Transposed and cast a run of rows at a time, so that no second copy of the whole is made."""
     array = fetch(tensor.path, tensor.index)
-    return np.ascontiguousarray(array.T if tensor.transposed else array).astype(dtype, copy=False)
+    theirs = array.T if tensor.transposed else array
+    rows = max(1, PIECE // max(1, theirs[:1].nbytes))
+    for first in range(0, theirs.shape[0], rows):
+        yield np.ascontiguousarray(theirs[first : first + rows]).astype(dtype, copy=False)
 
 
-def _load_weight(
-    weights: WeightDirectory, parts: list[Tensor], layout: jax.sharding.Sharding, dtype: str | None
-) -> jax.Array:
-    shape = parts[0].shape[::-1] if parts[0].transposed else parts[0].shape
+def _dtype(weights: Weights, parts: list[Tensor], dtype: str | None) -> np.dtype:
+    """As asked for; or as stored, float32 where the layers of a weight are stored differently."""
     stored = {weights.tensors[tensor.name].dtype for tensor in parts}
-    kind = np.dtype(dtype) if dtype else (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
-    lead = tuple(last + 1 for last in parts[-1].index)  # (), (layers,) or (layers, experts): parts are in this order
-    places, full = np.arange(len(parts)).reshape(lead), (*lead, *shape)
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        chosen, inner = places[index[: len(lead)]], index[len(lead) :]
-        pieces = (_read_part(weights, parts[number], inner, kind) for number in chosen.flat)
-        return _stack(pieces, chosen.shape, kind) if lead else next(pieces)
-
-    cache: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
-
-    def read_once(index: Any) -> np.ndarray:
-        key = tuple(part.indices(size) for part, size in zip(index, full, strict=True))
-        if key not in cache:
-            cache[key] = read(index)
-        return cache[key]
-
-    return jax.make_array_from_callback(full, layout, read_once)
+    return np.dtype(dtype) if dtype else (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
 
 
-def _read_part(weights: WeightDirectory, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    array = weights.read_slice(tensor.name, index[::-1] if tensor.transposed else index)
-    return (array.T if tensor.transposed else array).astype(dtype, copy=False)
+def _check_halves(infos: list[Described]) -> None:
+    """Float16 and bfloat16 are never mixed by anyone: one tensor of the other kind is bytes taken for what they are not."""
+    kinds = [[info for info in infos if info.dtype == kind] for kind in STORED[1:]]
+    if all(kinds):
+        odd = min(kinds, key=len)[0]
+        raise LlmtuneFormatError(
+            f"{odd.file}: {odd.name} is stored as {odd.dtype} among tensors of the other 16-bit kind"
+        )
 
 
-def _stack(pieces: Iterator[np.ndarray], lead: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    first = next(pieces)
-    out = np.empty((math.prod(lead), *first.shape), dtype)
-    out[0] = first
-    for k, piece in enumerate(pieces, 1):
-        out[k] = piece
-    return out.reshape(*lead, *first.shape)
-
-
-def _check_tied_head(weights: WeightDirectory, table: str) -> None:
+def _check_tied_head(weights: Weights, table: str) -> None:
     head, embed = (weights.tensors.get(name) for name in ("lm_head.weight", table))
     if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype:
         raise LlmtuneFormatError(

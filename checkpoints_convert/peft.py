@@ -4,18 +4,19 @@
     base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight  [out, rank]    ->  b[3] = its transpose, [rank, out]
 
 The tensors present are the truth about which modules are adapted; rank_pattern and alpha_pattern say with which scale. Layers
-without an adapter, or of a smaller rank, are padded with zeros.
+without an adapter, or of a smaller rank, are padded with zeros. What `modules_to_save` brings is read by `peft_whole`.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from checkpoints_convert import peft_whole
 from checkpoints_convert.hf_names import MODULES, SEGMENT, Tensor, tensors
 from checkpoints_convert.safetensors_header import read_header
 from checkpoints_convert.safetensors_reader import WeightDirectory, read_json
@@ -29,12 +30,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(
     r"base_model\.model\.(?P<module>model\.(language_model\.)?layers\.\d+\.[a-z_]+\.[a-z_]+|lm_head)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
 )
-READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+        "modules_to_save", "ensure_weight_tying"}  # fmt: skip
 HARMLESS = {  # they say nothing about the function that the adapter computes, or the tensors present say it themselves
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config",
     "loftq_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
-    "ensure_weight_tying",
 }  # fmt: skip
 KEEP_BASE = (
     "gaussian",
@@ -43,7 +44,7 @@ KEEP_BASE = (
     "mica",
 )  # initialisers that leave the base as it is; pissa, olora... do not
 REFUSED = {  # field -> the values under which it changes nothing
-    "use_dora": (False, None), "modules_to_save": (None, []), "bias": ("none", None), "fan_in_fan_out": (False, None),
+    "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None),
     "lora_bias": (False, None), "target_parameters": (None, []), "layer_replication": (None, []),
     "megatron_config": (None,), "trainable_token_indices": (None, {}, []), "use_qalora": (False, None),
     "alora_invocation_tokens": (None,), "arrow_config": (None,),
@@ -65,11 +66,20 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a PEFT directory holds, by our paths."""
+    """What a PEFT directory holds, by our paths. `whole`: float32 weights in place of the base's, laid out as ours."""
 
     base: str | None
     rslora: bool
     factors: Mapping[str, Factors]
+    whole: Mapping[str, np.ndarray]
+
+
+def read_vocabulary_size(directory: Path, config: ModelConfig) -> int | None:
+    """The vocabulary to which such a base must be resized before it takes this adapter; None where it does not say."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        return None  # `read_adapter` says what is missing
+    return peft_whole.vocabulary_size(WeightDirectory(directory, read_header(path)), config)
 
 
 def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
@@ -86,20 +96,33 @@ def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
         )
         raise LlmtuneFormatError(f"{directory}: no {WEIGHTS} there{pickled}")
     weights = WeightDirectory(directory, read_header(directory / WEIGHTS))
-    pairs = _pairs(weights, config)
+    pairs, whole = _pairs(weights, config), peft_whole.read_whole(weights, config, settings)
+    if not pairs and not whole:
+        raise LlmtuneFormatError(f"{weights.path}: the adapter holds no tensors")
     rslora = bool(settings.get("use_rslora"))
     factors = {}
     for path in dict.fromkeys(tensor.path for tensor in tensors(config)):
         layers = [tensor for tensor in tensors(config) if tensor.path == path]
         if any(tensor.name in pairs for tensor in layers):
             factors[path] = _stack(layers, pairs, settings, rslora, directory / CONFIG)
-    return Adapter(settings.get("base_model_name_or_path"), rslora, factors)
+    return Adapter(settings.get("base_model_name_or_path"), rslora, factors, whole)
 
 
 def write_adapter(
-    directory: Path, factors: Mapping[str, Factors], config: ModelConfig, *, base: str, rslora: bool
+    directory: Path,
+    factors: Mapping[str, Factors],
+    config: ModelConfig,
+    *,
+    base: str,
+    rslora: bool,
+    whole: Sequence[str] = (),
+    fetch: peft_whole.Fetch | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """A directory that peft loads. The most common rank and alpha are the default, others go into the patterns."""
+    """A directory that peft loads. The most common rank and alpha are the default, others go into the patterns.
+
+    `whole`: paths of weights that `fetch` gives, which replace the base's. `complete` is called before the directory appears.
+    """
     table = {(tensor.path, tensor.layer): tensor for tensor in tensors(config)}
     entries, ranks, alphas = [], {}, {}
     for path, own in factors.items():
@@ -113,10 +136,15 @@ def write_adapter(
                 array = np.ascontiguousarray(matrix, dtype=np.float32)
                 key = f"base_model.model.{module}.lora_{side}.weight"
                 entries.append(FileEntry(key, array.dtype, array.shape, lambda array=array: array))
+    if fetch is not None:
+        entries += peft_whole.whole_entries(whole, config, fetch, factored=factors)
     settings = _settings(ranks, alphas, factors, base, rslora)
+    settings["modules_to_save"] = peft_whole.module_names([path for path in whole if path not in factors]) or None
+    settings["ensure_weight_tying"] = config.tie_word_embeddings and "embed/table" in whole
     with new_directory(directory, sum(entry.nbytes for entry in entries)) as partial:
         write_file(partial / WEIGHTS, sorted(entries, key=lambda entry: entry.name))
         write_json(partial / CONFIG, settings)
+        complete(partial)
 
 
 def _layers(factors: Factors) -> list[tuple[int | None, np.ndarray, np.ndarray, np.ndarray]]:
@@ -205,6 +233,8 @@ def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.
     known = {tensor.name: tensor for tensor in tensors(config)}
     sides: dict[str, dict[str, str]] = {}
     for key, info in weights.tensors.items():
+        if peft_whole.whole_name(key) is not None:
+            continue
         match = KEY.fullmatch(key)
         if match is None:
             raise LlmtuneFormatError(
@@ -226,8 +256,6 @@ def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.
                 "the adapter was made for another base model"
             )
         pairs[name] = (a, b)
-    if not pairs:
-        raise LlmtuneFormatError(f"{weights.path}: the adapter holds no tensors")
     return pairs
 
 

@@ -9,6 +9,7 @@ from shape and dtype, and a file that ends where the data does.
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from llmtune.errors import LlmtuneFormatError
 
 HEADER_LIMIT = 25_000_000  # bytes; the largest published models have headers of a few hundred kilobytes
+DIMENSIONS = 64  # numpy's limit; a product of more numbers of 63 bits takes its time
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -42,6 +44,11 @@ class TensorInfo:
     file: Path
     start: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return self.end - self.start
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -113,9 +120,11 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
         raise refuse(f"has the unknown dtype {str(dtype)[:50]!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise refuse("has a shape or offsets that are not lists of natural numbers")
+    if len(shape) > DIMENSIONS:
+        raise refuse(f"has {len(shape)} dimensions")
     start, end = offsets
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise refuse(f"occupies {end - start} bytes, which {dtype} {shape} does not")
+        raise refuse(f"occupies {end - start} bytes, which {dtype} {str(shape)[:100]} does not")
     return TensorInfo(name, DTYPES[dtype], tuple(shape), path, data_start + start, data_start + end)
 
 
@@ -126,8 +135,8 @@ def _naturals(value: Any) -> bool:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)[:200]!r}")
+        counted = Counter(name for name, _ in pairs)
+        raise ValueError(f"duplicate name {counted.most_common(1)[0][0][:200]!r}")
     return result
 
 

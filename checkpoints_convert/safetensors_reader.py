@@ -3,13 +3,15 @@
 The file is never mapped whole (a map of a 3 GB file counts 3 GB of resident memory while it is read).
 """
 
+import itertools
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +24,33 @@ PIECE = 16 * 1024 * 1024  # bytes read at a time
 Slices = tuple[slice, ...]
 
 
+class Described(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def dtype(self) -> np.dtype: ...  # noqa: D102
+    @property
+    def file(self) -> Path: ...  # noqa: D102
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+
+class Weights(Protocol):
+    """Tensors by name, of which slices are read: a `WeightDirectory`, or views of one."""
+
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+    @property
+    def tensors(self) -> Mapping[str, Described]: ...  # noqa: D102
+    @property
+    def total_bytes(self) -> int: ...  # noqa: D102
+    def read_slice(self, name: str, index: Slices) -> np.ndarray: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class WeightDirectory:
     """The tensors of all shards by name."""
@@ -32,7 +61,7 @@ class WeightDirectory:
     @property
     def total_bytes(self) -> int:
         """Of all tensors."""
-        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor."""
@@ -40,7 +69,7 @@ class WeightDirectory:
         return self.read_slice(name, tuple(slice(None) for _ in info.shape))
 
     def read_slice(self, name: str, index: Slices) -> np.ndarray:
-        """`tensor[index]` (step 1), reading the rows it touches and, of rows, only the columns where they are long."""
+        """`tensor[index]` (step 1): no byte outside of the slice is read."""
         info = self.tensors[name]
         bounds = [part.indices(size)[:2] for part, size in zip(index, info.shape, strict=True)]
         out = np.empty([stop - start for start, stop in bounds], info.dtype)
@@ -50,20 +79,25 @@ class WeightDirectory:
         return out
 
 
-def open_directory(path: Path) -> WeightDirectory:
-    """The weights of a Hugging Face directory: `model.safetensors`, or the shards that its index names."""
-    if (path / INDEX).exists():
-        return WeightDirectory(path, _indexed(path))
-    if (path / SINGLE).exists():
-        return WeightDirectory(path, read_header(checked_file(path, SINGLE)))
+def open_directory(path: Path, single: str = SINGLE) -> WeightDirectory:
+    """The weights of a Hugging Face directory: `model.safetensors`, or the shards that its index names.
+
+    `single`: another name of the one file; that of the index follows from it.
+    """
+    index = f"{single}.index.json"
+    if (path / index).exists():
+        return WeightDirectory(path, _indexed(path, index))
+    if (path / single).exists():
+        return WeightDirectory(path, read_header(checked_file(path, single)))
     present = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     if any(name.endswith(PICKLES) for name in present):
         raise LlmtuneFormatError(
             f"{path}: its weights are pickles ({next(n for n in present if n.endswith(PICKLES))}), which can run code when "
-            "read; convert them to safetensors (transformers: model.save_pretrained(dir, safe_serialization=True))"
+            "read; convert them to safetensors (Meta's consolidated.*.pth with params.json: llmtune convert; others with "
+            "transformers: model.save_pretrained(dir, safe_serialization=True))"
         )
     there = ", ".join(present[:8]) or "nothing"
-    raise LlmtuneFormatError(f"{path}: no {SINGLE} and no {INDEX} there (it holds: {there})")
+    raise LlmtuneFormatError(f"{path}: no {single} and no {index} there (it holds: {there})")
 
 
 def checked_file(directory: Path, name: str) -> Path:
@@ -97,10 +131,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _indexed(path: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json(path / INDEX).get("weight_map")
+def _indexed(path: Path, index: str) -> dict[str, TensorInfo]:
+    weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise LlmtuneFormatError(f"{path / INDEX}: it has no weight_map of tensor names to file names")
+        raise LlmtuneFormatError(f"{path / index}: it has no weight_map of tensor names to file names")
     files = {name: checked_file(path, name) for name in sorted(set(weight_map.values()))}
     tensors: dict[str, TensorInfo] = {}
     for file_name, file in files.items():
@@ -112,7 +146,7 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise LlmtuneFormatError(
-            f"{path / INDEX}: it places {missing[0][:200]!r} in {weight_map[missing[0]]}, which does not hold it"
+            f"{path / index}: it places {missing[0][:200]!r} in {weight_map[missing[0]]}, which does not hold it"
         )
     return tensors
 
@@ -127,38 +161,18 @@ def _homes(directory: Path, path: Path) -> set[Path]:
 
 
 def _read_into(file: int, info: TensorInfo, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
-    """Fill `out`: all leading axes but the first are taken whole or row by row, whichever reads fewer bytes."""
-    item = info.dtype.itemsize
-    trailing = all((start, stop) == (0, size) for (start, stop), size in zip(bounds[1:], info.shape[1:], strict=True))
-    if len(bounds) <= 1 or trailing:  # one run of bytes
-        row = item * int(np.prod(info.shape[1:], dtype=np.int64)) if info.shape else item
-        first = bounds[0][0] if bounds else 0
-        _read_run(file, info, info.start + first * row, out.reshape(-1).view(np.uint8).data)
-        return
-    if len(bounds) > 2:
-        for k in range(out.shape[0]):
-            inner = TensorInfo(
-                info.name, info.dtype, info.shape[1:], info.file, _row_start(info, bounds[0][0] + k), info.end
-            )
-            _read_into(file, inner, bounds[1:], out[k])
-        return
-    (top, bottom), (left, right) = bounds
-    width = info.shape[1] * item
-    if (right - left) * item >= 4096:  # long enough that reading only these columns is worth a call per row
-        for k in range(bottom - top):
-            start = info.start + (top + k) * width + left * item
-            _read_run(file, info, start, out[k].view(np.uint8).data)
-        return
-    rows = max(1, PIECE // width)
-    for first in range(top, bottom, rows):
-        last = min(first + rows, bottom)
-        piece = np.empty((last - first, info.shape[1]), info.dtype)
-        _read_run(file, info, info.start + first * width, piece.reshape(-1).view(np.uint8).data)
-        out[first - top : last - top] = piece[:, left:right]
-
-
-def _row_start(info: TensorInfo, row: int) -> int:
-    return info.start + row * info.dtype.itemsize * int(np.prod(info.shape[1:], dtype=np.int64))
+    """Fill `out` with exactly the bytes of the slice: one call for each run of them that lies together in the file."""
+    whole = [bound == (0, size) for bound, size in zip(bounds, info.shape, strict=True)]
+    inner = len(bounds)  # axes from here on are taken whole
+    while inner and whole[inner - 1]:
+        inner -= 1
+    strides = [info.dtype.itemsize * math.prod(info.shape[axis + 1 :]) for axis in range(len(bounds))]
+    outer, target = max(0, inner - 1), out.reshape(-1).view(np.uint8).data
+    first = info.start + (bounds[outer][0] * strides[outer] if bounds else 0)
+    length = len(target) // math.prod(out.shape[:outer])
+    for number, corner in enumerate(itertools.product(*(range(*bound) for bound in bounds[:outer]))):
+        start = first + sum(index * stride for index, stride in zip(corner, strides, strict=False))
+        _read_run(file, info, start, target[number * length : (number + 1) * length])
 
 
 def _read_run(file: int, info: TensorInfo, start: int, target: memoryview) -> None:

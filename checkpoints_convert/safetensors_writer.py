@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.safetensors_header import make_header
-from checkpoints_convert.safetensors_reader import INDEX, SINGLE
+from checkpoints_convert.safetensors_reader import SINGLE
 from llmtune.errors import LlmtuneError
 
 PIECE = 16 * 1024 * 1024
@@ -25,17 +25,37 @@ PIECE = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write; `produce` is called when its turn comes, and gives exactly that shape and dtype."""
+    """A tensor to write; `produce` is called when its turn comes, and gives exactly that shape and dtype.
+
+    It may give the tensor whole, or piece by piece: successive runs of its rows, so that none is ever held whole.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    produce: Callable[[], np.ndarray]
+    produce: Callable[[], np.ndarray | Iterator[np.ndarray]]
+    lies_in: tuple[Path, int] | None = None  # where the very same bytes lie already: (file, offset)
 
     @property
     def nbytes(self) -> int:
         """Size on disk."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes in order, a bounded number at a time."""
+        produced, rows = self.produce(), 0
+        for piece in [produced] if isinstance(produced, np.ndarray) else produced:
+            array = np.asarray(piece, order="C")
+            whole = isinstance(produced, np.ndarray)
+            fits = array.shape == self.shape if whole else array.shape[1:] == self.shape[1:] and array.ndim > 0
+            if not fits or array.dtype != self.dtype:
+                raise ValueError(f"{self.name}: promised {self.dtype} {self.shape}, got {array.dtype} {array.shape}")
+            rows += array.shape[0] if array.ndim else 0
+            view = array.reshape(-1).view(np.uint8).data
+            for start in range(0, len(view), PIECE):
+                yield view[start : start + PIECE]
+        if self.shape and rows != self.shape[0]:
+            raise ValueError(f"{self.name}: promised {self.shape[0]} rows, got {rows}")
 
 
 @contextmanager
@@ -55,6 +75,7 @@ def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
+            _sync_directory(partial)
             if path.exists():
                 path.rmdir()
             os.rename(partial, path)
@@ -69,24 +90,31 @@ def write_shards(
     entries: Sequence[Entry],
     *,
     max_shard_bytes: int,
+    single: str = SINGLE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """`model.safetensors`, or several shards of at most `max_shard_bytes` (but for larger tensors) and their index."""
+    """`model.safetensors`, or several shards of at most `max_shard_bytes` (but for larger tensors) and their index.
+
+    `single`: another name of the one file; those of shards and index follow from it.
+    """
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:
-        write_file(directory / SINGLE, shards[0], progress=progress)
+        write_file(directory / single, shards[0], progress=progress)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{Path(single).stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(directory / name, shard, progress=progress)
         weight_map |= {entry.name: name for entry in shard}
     total = sum(entry.nbytes for entry in entries)
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        directory / f"{single}.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 def write_file(
@@ -95,26 +123,44 @@ def write_file(
 ) -> None:  # fmt: skip
     """One safetensors file with its tensors in the given order."""
     header = make_header([(e.name, np.dtype(e.dtype), e.shape) for e in entries], metadata or {"format": "pt"})
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(header)
         for entry in entries:
-            array = np.asarray(entry.produce(), order="C")
-            if array.shape != entry.shape or array.dtype != entry.dtype:
-                raise ValueError(f"{entry.name}: promised {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
-            view = array.reshape(-1).view(np.uint8).data
-            for start in range(0, len(view), PIECE):
-                file.write(view[start : start + PIECE])
-            progress(entry.nbytes)
+            if entry.lies_in is None or not _copied(file, *entry.lies_in, entry.nbytes, progress):
+                for chunk in entry.chunks():
+                    file.write(chunk)
+                    progress(len(chunk))
+
+
+def _copied(file: Any, source: Path, offset: int, size: int, progress: Callable[[int], None]) -> bool:
+    """Whether the kernel copied the bytes from file to file, which spares reading them; where it cannot, nothing was written."""
+    file.flush()
+    done = 0
+    with source.open("rb", buffering=0) as other:
+        while done < size:
+            try:
+                moved = os.copy_file_range(other.fileno(), file.fileno(), min(PIECE, size - done), offset + done)
+            except (AttributeError, OSError):  # not Linux, or not between these disks
+                if done:
+                    raise
+                return False
+            if not moved:
+                raise LlmtuneError(f"{source}: it ended while it was copied; did it change meanwhile?")
+            done += moved
+            progress(moved)
+    file.seek(0, os.SEEK_END)
+    return True
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Indented, sorted as given, ended by a newline."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
+def replacing(path: Path) -> Iterator[Any]:
+    """A file to write that takes its name when the block succeeds, synced; nothing remains when it does not."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:

@@ -19,14 +19,36 @@ def key(help: str, default: Any = MISSING, **options: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text", "tokens"]
+COLUMNS = (
+    "messages", "conversations", "instruction", "input", "output", "context", "response", "system", "history", "tools",
+    "prompt", "completion", "text",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One item of a mixture, where a path alone does not say enough."""
+
+    path: str = key("a file, a directory (all data files below it), or a pattern such as chats/*.jsonl.gz")
+    weight: float = key("passes through it per epoch: 0.5 is half of its rows, the other half in the next epoch", 1.0)
+    format: Format | None = key("of its rows; null: data.format", None)
+    columns: dict[str, str] | None = key("its column names; null: data.columns", None)
+
+
 @dataclass(frozen=True)
 class Data:
     """What is read, and how it becomes rows of tokens."""
 
-    train: str | list[str] = key("a file of rows, or a list of files")
-    validation: str | list[str] | None = key("held-out rows, evaluated before, during and after", None)
-    format: Literal["auto", "tokens", "text", "prompt_completion"] = key(
-        "of the rows; auto looks at the first one", "auto"
+    train: str | list[str | DataSource] = key(
+        "a file (jsonl, json, csv, txt, parquet; also .gz, .bz2, .xz, .zst), a directory, a pattern, or a list of them"
+    )
+    validation: str | list[str | DataSource] | None = key(
+        "held-out rows, evaluated before, during and after; written like data.train, without weights", None
+    )
+    format: Format = key("of the rows; auto goes by the columns of the first one, and says what it found", "auto")
+    chat_template: str | None = key(
+        "null: the model's own; or the name of a built-in one (llama3.1, ...), or the path of a .jinja file", None
     )
     sequence_length: int = key("tokens per row of the batch", 1024)
     packing: bool = key("several documents per row, by a plan; each sees only itself", True)
@@ -34,8 +56,17 @@ class Data:
     too_long: Literal["truncate", "drop", "error"] = key(
         "rows beyond sequence_length (text is split instead)", "truncate"
     )
-    columns: dict[str, str] = key("other column names, e.g. {prompt: question, completion: answer}", {})
+    invalid: Literal["error", "skip"] = key(
+        "rows that cannot be used: the first one is an error, or they are counted", "error"
+    )
+    max_skipped: float = key("largest share of rows that invalid: skip may leave out", 0.01)
+    columns: dict[str, str] = key(
+        "other column names, e.g. {prompt: question, completion: answer}, or paths: {output: instances.0.output}", {}
+    )
     tokenizer: str | None = key("a directory with a tokenizer other than the model's", None)
+    add_tokens: list[str] = key("new words of the vocabulary: their spelling in any text is one token", [])
+    add_special_tokens: list[str] = key("new control tokens: only a chat template's own text makes them", [])
+    pad_vocabulary_to: int = key("a vocabulary that added tokens outgrow is rounded up to a multiple of this", 64)
 
 
 @dataclass(frozen=True)
@@ -49,7 +80,13 @@ class Adapt:
         "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear"
     )
     rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    from_: str | None = key("a PEFT directory to continue: its rank, alpha and targets hold", None, alias="from")
+    modules_to_save: list[str] = key(
+        "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)",
+        [],
+    )
+    from_: str | None = key(
+        "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold", None, alias="from"
+    )
 
 
 @dataclass(frozen=True)
@@ -134,14 +171,26 @@ def check(run: Run) -> None:
             raise LlmtuneConfigError(f"{path}: {said}")
 
     data, adapt, optimizer, train = run.data, run.adapt, run.optimizer, run.train
-    files = [data.train] if isinstance(data.train, str) else data.train
-    require(bool(files) and all(files), "data.train", "no file is given")
+    for path, given in (("data.train", data.train), ("data.validation", data.validation)):
+        sources = sources_of(given)
+        require((bool(sources) and all(own.path for own in sources)) or given is None, path, "no file is given")
+        for source in sources:
+            require(0 < source.weight < math.inf, f"{path}.weight", f"{source.weight} must be a positive number")
+            require(source.weight == 1 or given is data.train, path, "weights belong to training data")
+            _require_columns(f"{path}.columns", source.columns or {})
+    _require_columns("data.columns", data.columns)
+    require(0 <= data.max_skipped <= 1, "data.max_skipped", f"{data.max_skipped} must lie in 0..1")
     length = data.sequence_length
     require(
         2 <= length < 2**31, "data.sequence_length", f"{length} is too {'short; 2 or more' if length < 2 else 'long'}"
     )
-    unknown = sorted(set(data.columns) - {"prompt", "completion", "text"})
-    require(not unknown, "data.columns", f"{unknown[:1]} is no column here; prompt, completion and text are")
+    added = [("data.add_tokens", token) for token in data.add_tokens]
+    added += [("data.add_special_tokens", token) for token in data.add_special_tokens]
+    for place, (path, token) in enumerate(added):
+        require(token.strip() != "", path, f"{token!r} is empty; give the spelling of a token")
+        require(_is_text(token), path, f"{token!r} holds a lone surrogate, which is no character")
+        require(token not in [other for _, other in added[:place]], path, f"{token!r} is given twice")
+    require(data.pad_vocabulary_to > 0, "data.pad_vocabulary_to", f"{data.pad_vocabulary_to} must be positive")
     require(train.steps is None or train.epochs is None, "train", "steps and epochs are both given; give one of them")
     require(train.steps is None or 0 < train.steps < 2**31, "train.steps", f"{train.steps} must lie in 1..2147483647")
     require(train.epochs is None or 0 < train.epochs < math.inf, "train.epochs", f"{train.epochs} must be positive")
@@ -171,10 +220,36 @@ def check(run: Run) -> None:
         require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
         require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")
         require(bool(adapt.targets), "adapt.targets", "no target is given")
+        require(
+            adapt.from_ is None or not adapt.modules_to_save,
+            "adapt.modules_to_save",
+            "the adapter that adapt.from names says this; leave it out",
+        )
+        require(
+            adapt.from_ is None or not added,
+            added[0][0] if added else "data",
+            "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
+        )
     for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
                         ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
                         ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
         require(value is None or value > 0, path, f"{value} must be positive")
+
+
+def _is_text(token: str) -> bool:
+    return not any(0xD800 <= ord(character) < 0xE000 for character in token)
+
+
+def sources_of(given: str | list[str | DataSource] | None) -> list[DataSource]:
+    """data.train or data.validation as a list of sources."""
+    items = [] if given is None else [given] if isinstance(given, str) else given
+    return [DataSource(item) if isinstance(item, str) else item for item in items]
+
+
+def _require_columns(path: str, columns: dict[str, str]) -> None:
+    unknown = sorted(set(columns) - set(COLUMNS))
+    if unknown:
+        raise LlmtuneConfigError(f"{path}: {unknown[:1]} is no column here; there are {', '.join(COLUMNS)}")
 
 
 def key_reference(kind: type = Run, prefix: str = "") -> list[tuple[str, str, str, str]]:
@@ -187,6 +262,8 @@ def key_reference(kind: type = Run, prefix: str = "") -> list[tuple[str, str, st
             rows += key_reference(section, f"{path}.")  # type: ignore[arg-type]
         else:
             rows.append((path, _type_text(hints[entry.name]), _default_text(entry), entry.metadata["help"]))
+            for item in _items(hints[entry.name]):
+                rows += key_reference(item, f"{path}.[].")
     return rows
 
 
@@ -194,11 +271,21 @@ def _parts(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__args__", None) or (hint,)
 
 
+def _items(hint: Any) -> list[type]:
+    """The sections that a list may hold."""
+    lists = [part for part in _parts(hint) if getattr(part, "__origin__", None) is list]
+    return [kind for part in lists for inner in _parts(part) for kind in _parts(inner) if is_dataclass(kind)]  # type: ignore[misc]
+
+
 def _type_text(hint: Any) -> str:
+    if type(None) in _parts(hint) and any(getattr(part, "__origin__", None) is Literal for part in _parts(hint)):
+        return " or ".join(map(_type_text, _parts(hint)))
     if getattr(hint, "__origin__", None) is Literal:
         return " or ".join(map(str, hint.__args__))
+    if hint is type(None):
+        return "null"
     text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", None) else str(hint)
-    return text.replace("typing.", "").replace("None", "null")
+    return text.replace("typing.", "").replace(f"{__name__}.", "").replace("None", "null")
 
 
 def _default_text(entry: Field) -> str:

@@ -161,6 +161,15 @@ def dump_run(run: Run) -> str:
     return yaml.dump(_plain(run), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"steps": 2}}` -> `{"train.steps": 2}`."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 _ADAPTERS: dict[type, TypeAdapter] = {}
 
 
@@ -174,12 +183,18 @@ def _adapter() -> TypeAdapter:
 
 
 def _sections(kind: type) -> list[type]:
-    hints = get_type_hints(kind)
-    inner = [part for hint in hints.values() for part in (getattr(hint, "__args__", None) or (hint,))]
+    inner = [part for hint in get_type_hints(kind).values() for part in _leaves(hint)]
     return [kind, *(found for part in inner if dataclasses.is_dataclass(part) for found in _sections(part))]  # type: ignore[arg-type]
 
 
+def _leaves(hint: Any) -> list[Any]:
+    """The types that a union, or a list of one, is made of."""
+    return [leaf for part in getattr(hint, "__args__", ()) for leaf in _leaves(part)] or [hint]
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     if not dataclasses.is_dataclass(value):
         return value
     entries = (
@@ -206,7 +221,8 @@ def _explain(error: Any) -> str:
     if kind == "json_invalid":  # all that YAML can say and JSON cannot
         return "a text holds a lone surrogate, which is no character"
     if kind in UNKNOWN_KEY:
-        path = ".".join(map(str, error["loc"]))
+        named = [str(part) for part in error["loc"] if part == "str" or not _is_branch(part)]
+        path = ".".join("[]" if part.isdecimal() else part for part in named)
         known = [row[0] for row in key_reference()]
         if path in known:
             return f"{path}: written as one key; write {path.replace('.', ': {', 1)}: ...}}"
@@ -230,4 +246,4 @@ def _prefixes(path: str) -> list[str]:
 
 def _is_branch(part: Any) -> bool:
     """Pydantic names the branch of a union in the location of an error."""
-    return isinstance(part, str) and (part == "str" or part.startswith("list["))
+    return isinstance(part, str) and (part in ("str", "DataSource") or part.startswith("list["))

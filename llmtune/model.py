@@ -44,6 +44,7 @@ class Model:
     mesh: Mesh
     strategy: Strategy
     bind: Callable[[Any], LanguageModel]
+    whole: tuple[str, ...] = ()  # paths of weights that an adapter brought in whole
 
     def logits(self, tokens: Any, *, positions: Any = None, segment_ids: Any = None) -> np.ndarray:
         """int32 [batch, seq] -> float32 [batch, seq, vocab].
@@ -115,7 +116,7 @@ class Model:
 
     def save_adapter(self, path: str | Path) -> None:
         """A PEFT directory: adapter_config.json + adapter_model.safetensors."""
-        pretrained.save_adapter(Path(path), self.params, self.source)
+        pretrained.save_adapter(Path(path), self.params, self.source, whole=self.whole)
 
 
 def load(
@@ -131,17 +132,22 @@ def load(
     if isinstance(adapters, (str, Path)):
         adapters = [adapters]
     base, own = _run_directory(Path(path)) or (str(path), [])
-    source = pretrained.open_source(base)
+    source, on_top = pretrained.open_source(base), [*own, *adapters]
+    for adapter in on_top:
+        source = pretrained.fit_to_adapter(source, adapter)
     graphdef, declared = declare(source.config)
-    transform = chain(*(pretrained.load_adapter(adapter, source.config) for adapter in [*own, *adapters]))
+    loaded = [pretrained.load_adapter(adapter, source.config) for adapter in on_top]
     mesh, table = _layout(strategy, declared)
-    tokenizer = None if source.directory is None else load_tokenizer(source.directory)
+    home = source.tokenizer_directory
+    tokenizer = None if home is None else load_tokenizer(home)
     if tokenizer is not None:
         check_fits(tokenizer, source.config)
+    transform = chain(*(adapter.transform for adapter in loaded))
     params = build_params(source, declared, transform, mesh, table, dtype=dtype)
     compute = jnp.dtype(dtype) if dtype else params["embed"]["table"].dtype
     bind = functools.partial(LanguageModel, graphdef, dtype=compute)
-    return Model(source.config, params, tokenizer, source, mesh, table, bind)
+    whole = tuple(dict.fromkeys(path for adapter in loaded for path in adapter.whole))
+    return Model(source.config, params, tokenizer, source, mesh, table, bind, whole)
 
 
 def build_params(

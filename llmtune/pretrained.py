@@ -6,14 +6,17 @@ names and file formats.
     source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
     params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
     save(path, params, source)                        a Hugging Face directory, merged
-    load_adapter(path, config)                        a transform that adds a PEFT adapter
+    fit_to_adapter(source, path)                      the base with the vocabulary that a PEFT adapter was trained with
+    load_adapter(path, config)                        a transform that adds it, and what it brings in whole
     save_adapter(path, params, source)                a PEFT directory
+    convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +25,75 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from checkpoints_convert import hf_config, hf_weights, peft
+from checkpoints_convert import convert as conversion
+from checkpoints_convert import hf_config, hf_weights, layouts, peft
 from checkpoints_convert.fingerprint import fingerprint
-from checkpoints_convert.safetensors_reader import open_directory, read_json
+from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
-from llmtune.transforms import Factors, Transform, lora_from, weights_by_path
+from llmtune.transforms import (
+    Factors,
+    Transform,
+    chain,
+    given_whole,
+    lora_from,
+    resize_vocabulary,
+    weights_by_path,
+    without_vocabulary_axis,
+)
 from llmtune.weights import LoRA, dense, is_operator, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
 
 @dataclass(frozen=True)
+class Resize:
+    """The vocabulary on disk has `stored` rows; the first `kept` of them stay, and new ones follow."""
+
+    stored: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a directory of weights, or (directory None) a preset with random weights."""
+    """Where a model comes from: a directory of weights, or (directory None) a preset with random weights.
+
+    `config` says what the model is in this run, its vocabulary resized where `resize` is given; `companions` are the
+    directories whose tokenizer and notices go with it, the last one's tokenizer being the model's.
+    """
 
     name: str
     config: ModelConfig
     hf_config: dict[str, Any]
     directory: Path | None
+    companions: tuple[Path, ...] = ()
+    resize: Resize | None = None
+    opened: Weights | None = None  # the weights, where they are open already or not in Hugging Face's layout
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Where the model's tokenizer lies, if it has one."""
+        return self.companions[-1] if self.companions else None
+
+    def resized(self, size: int, tokens: int) -> "Source":
+        """The same model with `size` rows in its vocabulary, of which those from `tokens` on are new."""
+        stored = self.config.vocab_size if self.resize is None else self.resize.stored
+        return replace(
+            self,
+            config=replace(self.config, vocab_size=size),
+            hf_config={**self.hf_config, "vocab_size": size},
+            resize=Resize(stored, min(stored, size, tokens)),
+        )
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the weights on disk; 0 for a preset."""
+        if self.directory is None:
+            return 0
+        tensors = (self.opened or open_directory(self.directory)).tensors.values()
+        return sum(math.prod(tensor.shape) for tensor in tensors)
 
     @property
     def weight_bytes(self) -> int:
@@ -71,7 +122,7 @@ def open_source(name: str) -> Source:
         raw = yaml.safe_load(preset.read_text(encoding="utf-8"))
         return Source(name, hf_config.parse_model_config(raw, None, str(preset)), raw, None)
     if path.is_dir():
-        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path)
+        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path, (path,))
     known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
     raise LlmtuneConfigError(f"model: {name!r} is neither a directory nor a preset (presets: {known})")
 
@@ -91,7 +142,34 @@ def load(
         params = materialize(declared, jax.random.key(seed), mesh, strategy)
         return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
     layouts = shardings(declared, mesh, strategy)
-    return hf_weights.load_params(source.directory, source.config, layouts, dtype=dtype, progress=progress)
+    if source.resize is None:
+        return hf_weights.load_params(
+            _weights(source, source.config), source.config, layouts, dtype=dtype, progress=progress
+        )
+    stored = replace(source.config, vocab_size=source.resize.stored)
+    back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})
+    layouts = shardings(without_vocabulary_axis(back), mesh, strategy)
+    params = hf_weights.load_params(_weights(source, stored), stored, layouts, dtype=dtype, progress=progress)
+    return _resized(params, back, source, mesh, strategy, seed)
+
+
+def _weights(source: Source, config: ModelConfig) -> Weights:
+    assert source.directory is not None
+    return source.opened or hf_weights.open_weights(source.directory, config)
+
+
+def _resized(params: Any, declared: Any, source: Source, mesh: Mesh, strategy: Strategy, seed: int) -> Any:
+    """The embedding and the head brought to the source's size, and laid out for it; all else as it is."""
+    assert source.resize is not None
+    transform = resize_vocabulary(tokens=source.resize.kept, size=source.config.vocab_size)
+    noise = materialize(transform.init(declared), jax.random.key(seed), mesh, strategy)
+
+    @jax.jit
+    def resize(ends: Any, noise: Any) -> Any:
+        with strategy.active():
+            return transform.apply(ends, noise)
+
+    return {**params, **resize({end: params[end] for end in ("embed", "head")}, noise)}
 
 
 def save(
@@ -101,13 +179,30 @@ def save(
     *,
     dtype: str | None = None,
     companions: Path | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source) beside the weights.
+    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source's) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
+    `complete` puts into the directory what else belongs there, before it appears.
     """
-    weights = weights_by_path(params)
+    hf_weights.save_directory(
+        path,
+        _fetch(weights_by_path(params)),
+        source.config,
+        source.hf_config,
+        source.directory,
+        source.companions if companions is None else (companions,),
+        dtype=dtype,
+        stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
+        complete=complete,
+        progress=progress,
+    )
+
+
+def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
+    """(path, layer) -> the dense matrix on the host."""
 
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
@@ -117,17 +212,7 @@ def save(
             weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
         return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
 
-    hf_weights.save_directory(
-        path,
-        fetch,
-        source.config,
-        source.hf_config,
-        source.directory,
-        companions or source.directory,
-        dtype=dtype,
-        stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
-        progress=progress,
-    )
+    return fetch
 
 
 def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
@@ -141,16 +226,48 @@ def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def load_adapter(path: str | Path, config: ModelConfig) -> Transform:
-    """The transform that adds a PEFT directory's adapter, with its values."""
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole."""
+
+    transform: Transform
+    whole: tuple[str, ...]
+
+
+def fit_to_adapter(source: Source, path: str | Path) -> Source:
+    """The base as the adapter found it: with the vocabulary that it was resized to, and the tokenizer that came with that."""
+    path = Path(path)
+    size = peft.read_vocabulary_size(path, source.config)
+    if size is None:
+        return source
+    if size != source.config.vocab_size:
+        source = source.resized(size, tokens=size)
+    return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
+
+
+def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
+    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
     adapter = peft.read_adapter(Path(path), config)
     given = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in adapter.factors.items()}
-    return lora_from(given, rslora=adapter.rslora)
+    transform = chain(given_whole(adapter.whole), lora_from(given, rslora=adapter.rslora))
+    return LoadedAdapter(transform, tuple(adapter.whole))
 
 
-def save_adapter(path: Path, params: Any, source: Source) -> None:
-    """A PEFT directory of the adapter in `params`."""
-    adapters = {name: weight for name, weight in weights_by_path(params).items() if isinstance(weight, LoRA)}
+def save_adapter(
+    path: Path,
+    params: Any,
+    source: Source,
+    *,
+    whole: Sequence[str] = (),
+    companions: Path | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
+
+    Where the vocabulary is not the base's, the tokenizer (from `companions`, default: the source's) goes with it.
+    """
+    weights = weights_by_path(params)
+    adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
     if not adapters:
         raise LlmtuneConfigError("save_adapter: this model has no adapter; save() writes the whole model")
     nested = [name for name, weight in adapters.items() if is_operator(weight.base)]
@@ -160,6 +277,70 @@ def save_adapter(path: Path, params: Any, source: Source) -> None:
         name: peft.Factors(np.asarray(w.a), np.asarray(w.b), np.asarray(w.scale), w.ranks)
         for name, w in jax.device_get(adapters).items()
     }
-    base = source.name if source.directory is None else str(source.directory.absolute())
-    rslora = any(weight.rslora for weight in adapters.values())
-    peft.write_adapter(path, factors, source.config, base=base, rslora=rslora)
+    own = source.resize is not None or source.tokenizer_directory != source.directory
+    home = (companions or source.tokenizer_directory) if own else None
+
+    def finish(directory: Path) -> None:
+        if home is not None:
+            hf_weights.copy_companions(home, directory, hf_weights.TOKENIZER)
+        complete(directory)
+
+    peft.write_adapter(
+        path,
+        factors,
+        source.config,
+        base=source.name if source.directory is None else str(source.directory.absolute()),
+        rslora=any(weight.rslora for weight in adapters.values()),
+        whole=whole,
+        fetch=_fetch({name: weight.base if name in adapters else weight for name, weight in weights.items()}),
+        complete=finish,
+    )
+
+
+LAYOUTS = layouts.LAYOUTS
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made; `digest` is that of all tensors where they were compared."""
+
+    source_layout: str
+    tensors: int
+    nbytes: int
+    digest: str | None
+    notes: tuple[str, ...]
+
+
+def conversion_plan(
+    *, to: str, source_layout: str | None, max_shard_bytes: int, files: int, dtype: str | None,
+    rope_factor: float | None, like: str | None,
+) -> conversion.Plan:  # fmt: skip
+    """`like`: a Hugging Face directory, a config.json or a preset whose configuration the source must agree with."""
+    if like is None:
+        config = None
+    elif (path := resolve(like)).is_file():
+        config = read_json(path)
+    else:
+        config = open_source(like).hf_config
+    hints = layouts.Hints(rope_factor, config)
+    return conversion.Plan(to, source_layout, hints, max_shard_bytes, files, dtype)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    plan: conversion.Plan,
+    *,
+    verify: Callable[[Source, Source], None] | None = None,
+    begin: Callable[[str, int], None] = lambda name, total: None,
+    progress: Progress = lambda done: None,
+) -> Converted:
+    """Write `target` as `plan` says, complete or not at all; see `checkpoints_convert.convert`."""
+    check = None if verify is None else lambda one, other: verify(_opened(one), _opened(other))
+    report = conversion.convert(source, target, plan, verify=check, begin=begin, progress=progress)
+    own = report.source
+    return Converted(own.layout, report.tensors, report.nbytes, report.digest, own.notes)
+
+
+def _opened(own: layouts.Opened) -> Source:
+    return Source(str(own.path), own.config, own.hf, own.path, opened=own.weights)

@@ -122,7 +122,7 @@ def test_a_run_that_cannot_be_carried_out_is_refused(refusal, write_run, tmp_pat
         (json.dumps(ROW).encode() + b'\n{"prompt": "x", "completion": ""}\n', ":2: the row has no target token"),
         (b'{"prompt": "x", "completion": "\\ud83d"}', ":1: the text holds a lone surrogate"),
         (b'{"prompt": "x", "completion": 3}', ":1: the column 'completion' is int, a text is expected"),
-        (b'{"instruction": "x", "output": "y"}', ":1: no format has the columns ['instruction', 'output']"),
+        (b'{"intro": "x", "outro": "y"}', ":1: no format has the columns ['intro', 'outro']"),
         (b'{"input_ids": [1, 2, 1024]}', ":1: input_ids holds 1024; token ids of this model lie in 0..1023"),
         (b'{"input_ids": [1, 2], "labels": [-100, -100]}', ":1: the row has no target token"),
     ],
@@ -238,12 +238,13 @@ def test_what_is_no_command_is_refused(refusal, arguments, said):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--help"], ["usage: llmtune", "train", "generate"]),
+        (["--help"], ["usage: llmtune", "train", "generate", "report"]),
         (
             ["train", "--help"],
             ["usage: llmtune train CONFIG.yaml [--section.key VALUE ...]", "optimizer.learning_rate"],
         ),
         (["generate", "--help"], ["usage: llmtune generate", "--prompt TEXT", "--max-new-tokens N"]),
+        (["report", "--help"], ["usage: llmtune report", "--output FILE", "comparison-with-OTHER.html"]),
         (["--version"], [f"llmtune {llmtune.__version__}"]),
     ],
 )

@@ -2,14 +2,21 @@
 
 from llmtune.data.batches import BatchSource, HostBatch, evaluation_batches, read_batches
 from llmtune.data.dataset import Counts, Dataset
-from llmtune.data.run_data import RunData, load_data
+from llmtune.data.files import DataFile
+from llmtune.data.first_row import Look
+from llmtune.data.run_data import RunData, added_tokens, load_data
+from llmtune.data.sources import SourceReport
 
 __all__ = [
     "BatchSource",
     "Counts",
+    "DataFile",
     "Dataset",
     "HostBatch",
+    "Look",
     "RunData",
+    "SourceReport",
+    "added_tokens",
     "evaluation_batches",
     "load_data",
     "read_batches",

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from llmtune.data.dataset import Dataset
-from llmtune.data.formats import IGNORED
+from llmtune.data.example import IGNORED
 from llmtune.data.packing import Plan, plan_epoch
 
 HostBatch = dict[str, np.ndarray]
@@ -58,6 +58,7 @@ class BatchSource:
                 epoch=epoch,
                 packing=self.packing,
                 shuffle=self.shuffle,
+                mixture=self.dataset.mixture,
             )
         return self.plans[epoch]
 

@@ -1,11 +1,13 @@
 """All examples of a data set, tokenised once into flat arrays, with a count of what became of the rows."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from llmtune.data.formats import IGNORED, Example
+from llmtune.data.example import IGNORED, Example
+from llmtune.data.mixture import Mixture
 from llmtune.errors import LlmtuneDataError
 
 
@@ -30,12 +32,16 @@ class Counts:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Example i is `input_ids[offsets[i]:offsets[i + 1]]` with `labels` alike, both int32."""
+    """Example i is `input_ids[offsets[i]:offsets[i + 1]]` with `labels` alike, both int32.
+
+    `mixture` says how often an epoch has each example; None: once.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     offsets: np.ndarray
     counts: Counts
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,7 +58,10 @@ class Dataset:
 
 
 def collect(examples: Iterable[Example], sequence_length: int, too_long: str, *, name: str) -> Dataset:
-    """Fit examples to the sequence length: text is split without loss, other rows are cut, left out or refused."""
+    """Fit examples to the sequence length: text is split without loss, other rows are cut, left out or refused.
+
+    A conversation is cut after the last answer that is whole; one whose first answer does not fit is cut at the limit.
+    """
     counts, ids, labels = Counts(), [], []
     for example in examples:
         counts.rows += 1
@@ -69,11 +78,21 @@ def collect(examples: Iterable[Example], sequence_length: int, too_long: str, *,
     return Dataset(np.concatenate(ids), np.concatenate(labels), offsets, counts)
 
 
+def join(datasets: Sequence[Dataset], mixture: Mixture | None) -> Dataset:
+    """Sources one after the other, with the sums of their counts."""
+    if len(datasets) == 1 and mixture is None:
+        return datasets[0]
+    counts = Counts(*(sum(getattr(own.counts, entry.name) for own in datasets) for entry in fields(Counts)))
+    offsets = np.cumsum([0, *itertools.chain.from_iterable(own.lengths.tolist() for own in datasets)])
+    ids, labels = (np.concatenate([getattr(own, name) for own in datasets]) for name in ("input_ids", "labels"))
+    return Dataset(ids, labels, offsets, counts, mixture)
+
+
 def _fit(example: Example, limit: int, too_long: str, counts: Counts) -> Iterator[Example]:
     length = len(example.input_ids)
     if length <= limit:
         yield example
-    elif example.splittable:
+    elif example.cut == "pieces":
         counts.split += 1
         for start in range(0, length - 1, limit):  # a last piece of one token would have no target
             yield _piece(example, start, start + limit)
@@ -83,12 +102,19 @@ def _fit(example: Example, limit: int, too_long: str, counts: Counts) -> Iterato
             "raise it, or set data.too_long to truncate or drop"
         )
     else:
-        cut = _piece(example, 0, limit)
-        if too_long == "drop" or not np.any(cut.labels[1:] != IGNORED):  # what was cut off were all its targets
+        cut = _piece(example, 0, _end_of_turn(example, limit) if example.cut == "turn" else limit)
+        if too_long == "drop" or not cut.has_targets:  # what was cut off were all its targets
             counts.dropped += 1
         else:
             counts.truncated += 1
             yield cut
+
+
+def _end_of_turn(example: Example, limit: int) -> int:
+    """After the last of the assistant's turns that is whole within the limit; the limit where not even one is."""
+    targets = example.labels[: limit + 1] != IGNORED
+    ends = np.flatnonzero(targets[:-1] & ~targets[1:])
+    return int(ends[-1]) + 1 if len(ends) else limit
 
 
 def _piece(example: Example, start: int, end: int) -> Example:

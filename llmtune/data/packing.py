@@ -1,14 +1,19 @@
 """Packing is planned, not streamed: from lengths to rows, a pure function of (seed, epoch, lengths).
 
 Because the plan is global, every host can take its share of each batch, any step can be read by itself, and resuming is a
-matter of knowing the step. Each example stands in exactly one row of an epoch.
+matter of knowing the step. Each example stands in exactly one row of an epoch (in a mixture: in as many as its weight says).
 """
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmtune.data.mixture import Mixture
+
 BINS = 256  # rows that are open at a time while packing
+AGE = 40  # bits of a row's number
+MASK = (1 << AGE) - 1
 
 
 @dataclass(frozen=True)
@@ -27,36 +32,49 @@ class Plan:
 
 
 def plan_epoch(
-    lengths: np.ndarray, sequence_length: int, *, seed: int, epoch: int, packing: bool, shuffle: bool
+    lengths: np.ndarray,
+    sequence_length: int,
+    *,
+    seed: int,
+    epoch: int,
+    packing: bool,
+    shuffle: bool,
+    mixture: Mixture | None = None,
 ) -> Plan:
-    """The rows of an epoch. Without packing each example has its own; without shuffling, in file order."""
-    count = len(lengths)
-    order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
-    if not packing:
-        return Plan(order, np.arange(count + 1))
-    rows = best_fit(lengths[order], sequence_length)
-    starts = np.cumsum([0, *map(len, rows)])
-    return Plan(order[np.concatenate(rows)], starts)
+    """The rows of an epoch. Without packing each example has its own; without shuffling, in file order.
 
-
-def best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Indices of the examples of each row: each goes into the fullest open row that still has room for it.
-
-    A bounded number of rows is open, the oldest being closed first, so the order stays close to the given one.
+    `mixture` says how often each example comes; without one, each comes once.
     """
-    open_rows: list[list[int]] = []
-    room = np.zeros(0, np.int64)
-    closed: list[list[int]] = []
-    for index, length in enumerate(lengths.tolist()):
-        fits = np.flatnonzero(room >= length)
-        if len(fits):
-            chosen = int(fits[np.argmin(room[fits])])
-            open_rows[chosen].append(index)
-            room[chosen] -= length
+    chosen = np.arange(len(lengths)) if mixture is None else mixture.choose(epoch, seed=seed, shuffle=shuffle)
+    order = np.random.default_rng((seed, epoch)).permutation(chosen) if shuffle else chosen
+    if not packing:
+        return Plan(order, np.arange(len(order) + 1))
+    row_of = best_fit(lengths[order], sequence_length)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
+    return Plan(order[np.argsort(row_of, kind="stable")], starts)
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each example: the fullest open row that still has room for it, the oldest of equally full ones.
+
+    A bounded number of rows is open, the oldest being closed first, so the order stays close to the given one. Open rows lie
+    sorted by (room, age) in one list of integers, so that an example costs a bisection.
+    """
+    row_of: list[int] = []
+    open_rows: list[int] = []  # room << AGE | row
+    room: list[int] = []  # by row
+    oldest = 0
+    for length in lengths.tolist():
+        at = bisect.bisect_left(open_rows, length << AGE)
+        if at < len(open_rows):
+            row = open_rows.pop(at) & MASK
+            room[row] -= length
         else:
-            open_rows.append([index])
-            room = np.append(room, capacity - length)
+            row = len(room)
+            room.append(capacity - length)
+        row_of.append(row)
+        bisect.insort(open_rows, room[row] << AGE | row)
         if len(open_rows) > BINS:
-            closed.append(open_rows.pop(0))
-            room = room[1:]
-    return [np.array(row) for row in closed + open_rows]
+            del open_rows[bisect.bisect_left(open_rows, room[oldest] << AGE | oldest)]
+            oldest += 1
+    return np.array(row_of, np.int64)

@@ -1,22 +1,29 @@
 """Files of rows -> Python objects, each with the place it came from.
 
-Every mistake is named as file:line. jsonl is streamed; a json file holds a list; a txt file is one document.
+Every mistake is named as file:line. All files are streamed: at no time more than one row, or one batch of a parquet file, is
+held, and a row of more than MAX_ROW bytes is refused without being parsed. A txt file is one document; one longer than a
+piece comes as several rows, cut before a line.
 """
 
-import hashlib
+import codecs
+import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from llmtune.data.files import kind_of, open_bytes, optional
+from llmtune.data.invalid import BadRow, Refuse, stop
 from llmtune.errors import LlmtuneDataError
-from llmtune.shipped import resolve
 
 BOM = b"\xef\xbb\xbf"
+MAX_ROW = 2 << 20
+PIECE = 1 << 20
+LARGE = f"the row is larger than {MAX_ROW >> 20} MiB; split it (text of any length may stand in a .txt file)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """`where` is file:line, for messages."""
 
@@ -24,88 +31,255 @@ class Row:
     where: str
 
 
-def data_files(names: str | Sequence[str]) -> list[Path]:
-    """The files a configuration names; all must exist and hold something."""
-    paths = [resolve(name) for name in ([names] if isinstance(names, str) else names)]
-    for path in paths:
-        if not path.is_file():
-            raise LlmtuneDataError(
-                f"{path}: no such file; data.train and data.validation name jsonl, json or txt files"
-            )
-        if path.stat().st_size == 0:
-            raise LlmtuneDataError(f"{path}: the file is empty")
-        if path.suffix.lower() not in READERS:
-            raise LlmtuneDataError(f"{path}: {path.suffix or 'no suffix'} is not read so far; {', '.join(READERS)} are")
-    return paths
-
-
-def read_rows(paths: Sequence[Path]) -> Iterator[Row]:
-    """All rows of all files, in order."""
+def read_rows(paths: Sequence[Path], refuse: Refuse = stop) -> Iterator[Row]:
+    """All rows of all files, in order. `refuse` hears of each bad row; where it returns, reading goes on after it."""
     for path in paths:
         try:
-            yield from READERS[path.suffix.lower()](path)
+            yield from READERS[kind_of(path)](path, refuse)
         except OSError as error:
-            raise LlmtuneDataError(f"{path}: cannot be read ({error.strerror})") from None
+            raise LlmtuneDataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def files_digest(paths: Sequence[Path]) -> str:
-    """sha256 over the files' contents, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
+def _jsonl(path: Path, refuse: Refuse) -> Iterator[Row]:
+    with open_bytes(path) as file:
+        for number, line in _lines(file, path, refuse):
+            where = f"{path}:{number}"
+            try:
+                text = _decode(line.removeprefix(BOM) if number == 1 else line, path, number).strip()
+                if text:
+                    yield _row(_parse(text, where), where)
+            except BadRow as error:
+                refuse(error)
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode(line.removeprefix(BOM) if number == 1 else line, path, number).strip()
-            if text:
-                yield _row(_parse(text, path, number), f"{path}:{number}")
+def _lines(file: BinaryIO, path: Path, refuse: Refuse) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(PIECE)
+            refuse(BadRow(f"{path}:{number}", LARGE, "too large"))
+        else:
+            yield number, line
 
 
-def _json(path: Path) -> Iterator[Row]:
-    values = _parse(_decode(path.read_bytes().removeprefix(BOM), path), path)
-    if not isinstance(values, list):
-        raise LlmtuneDataError(
-            f"{path}: a list of rows is expected, not {type(values).__name__}; one row per line goes into .jsonl"
-        )
-    for number, value in enumerate(values, 1):
-        yield _row(value, f"{path}: row {number}")
+def _json(path: Path, refuse: Refuse) -> Iterator[Row]:
+    """The objects of a list, one after the other: a list of any length is never held as a whole."""
+    with open_bytes(path) as file:
+        text = _Text(path, file)
+        start = text.skip_space()
+        if start != "[":
+            kind = {"{": "dict", '"': "str", "": "nothing"}.get(start, "a value")
+            said = f"a list of rows is expected, not {kind}; one row per line goes into .jsonl"
+            raise LlmtuneDataError(f"{path}: {said}")
+        text.at += 1
+        number, ahead = 0, text.skip_space()
+        text.at += ahead == "]"
+        while ahead != "]":
+            number += 1
+            where = f"{path}: row {number}"
+            try:
+                yield _row(text.value(where), where)
+            except BadRow as error:
+                refuse(error)
+            ahead = text.skip_space()
+            if ahead not in (",", "]"):
+                raise LlmtuneDataError(f"{text.where()}: not valid JSON (a comma or the end of the list is expected)")
+            text.at += 1
+        if text.skip_space():
+            raise LlmtuneDataError(f"{text.where()}: not valid JSON (something follows the list)")
 
 
-def _txt(path: Path) -> Iterator[Row]:
-    yield Row({"text": _decode(path.read_bytes().removeprefix(BOM), path)}, str(path))
+class _Text:
+    """A window on a long text: `buffer[at]` is the next character."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.buffer, self.at, self.line, self.ended = "", 0, 1, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def where(self) -> str:
+        return f"{self.path}:{self.line + self.buffer.count(chr(10), 0, self.at)}"
+
+    def more(self) -> bool:
+        """Read on; False at the end of the file."""
+        if self.ended:
+            return False
+        raw = self.file.read(PIECE)
+        self.ended = not raw
+        self.line += self.buffer.count("\n", 0, self.at)
+        try:
+            self.buffer = self.buffer[self.at :] + self.decoder.decode(raw, self.ended)
+        except UnicodeDecodeError as error:
+            line = self.line + self.buffer.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
+            raise LlmtuneDataError(str(_not_utf8(error.object[error.start], self.path, line))) from None
+        self.at = 0
+        return True
+
+    def skip_space(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            while self.at < len(self.buffer) and self.buffer[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.buffer):
+                return self.buffer[self.at]
+            if not self.more():
+                return ""
+
+    def value(self, where: str) -> Any:
+        """The next JSON value. A syntax error ends the file: nobody can say where the next row begins."""
+        self.skip_space()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.buffer, self.at)
+            except json.JSONDecodeError as error:
+                if len(self.buffer) - self.at <= MAX_ROW and self.more():
+                    continue
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 8
+                if cut and not self.ended:
+                    raise LlmtuneDataError(f"{where}: {LARGE}") from None
+                self.at = error.pos
+                raise LlmtuneDataError(f"{self.where()}: not valid JSON ({error.msg})") from None
+            except _Repeated as error:
+                raise LlmtuneDataError(f"{where}: {error}") from None
+            except (RecursionError, ValueError) as error:
+                raise LlmtuneDataError(f"{where}: {_said(error)}") from None
+            if end < len(self.buffer) or not self.more():  # a number may go on in what was not read yet
+                if end - self.at > MAX_ROW:
+                    self.at = end
+                    raise BadRow(where, LARGE, "too large")
+                self.at = end
+                return value
 
 
-READERS = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}
+def _csv(path: Path, refuse: Refuse) -> Iterator[Row]:
+    """The first line names the columns; all values are texts. Bytes that are not UTF-8 become lone surrogates for a moment."""
+    csv.field_size_limit(MAX_ROW)
+    with open_bytes(path) as file:
+        lines = _lines(file, path, refuse)
+        texts = ((line.removeprefix(BOM) if n == 1 else line).decode("utf-8", "surrogateescape") for n, line in lines)
+        reader = csv.reader(texts)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise LlmtuneDataError(f"{path}:1: a column stands twice in {header}; rename one of them")
+        while True:
+            line = reader.line_num + 1
+            where = f"{path}:{line}"
+            try:
+                values = next(reader)
+                broken = next((c for value in values for c in value if "\udc80" <= c <= "\udcff"), None)
+                if broken is not None:
+                    raise _not_utf8(ord(broken) - 0xDC00, path, line)
+                if values and len(values) != len(header):
+                    said = f"{len(values)} fields, where the first line names {len(header)} columns"
+                    raise BadRow(where, said, "wrong number of fields")
+                if values:
+                    yield Row(dict(zip(header, values, strict=True)), where)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                refuse(BadRow(where, f"not valid CSV ({error})", "not CSV"))
+            except BadRow as error:
+                refuse(error)
 
 
-def _decode(raw: bytes, path: Path, line: int = 1) -> str:
+def _txt(path: Path, refuse: Refuse) -> Iterator[Row]:
+    with open_bytes(path) as file:
+        held, line = file.read(PIECE).removeprefix(BOM), 1
+        while held:
+            more = file.read(PIECE)
+            end = held.rfind(b"\n", 0, -1) + 1 if more else len(held)
+            if not end and len(held) > MAX_ROW:
+                raise LlmtuneDataError(f"{path}:{line}: a line of more than {MAX_ROW >> 20} MiB; break it")
+            if end:
+                text = _decode(held[:end], path, line)
+                yield Row({"text": text}, str(path) if line == 1 and not more else f"{path}:{line}")
+            line += held.count(b"\n", 0, end)
+            held = held[end:] + more
+
+
+def _parquet(path: Path, refuse: Refuse) -> Iterator[Row]:
+    parquet = optional("pyarrow.parquet", path)
+    if path.suffix.lower() != ".parquet":
+        raise LlmtuneDataError(f"{path}: parquet files are compressed inside; unpack this one")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                rows = [batch] if batch.nbytes <= MAX_ROW else [batch.slice(k, 1) for k in range(batch.num_rows)]
+                for part in rows:
+                    if part.num_rows == 1 and part.nbytes > MAX_ROW:
+                        number += 1
+                        refuse(BadRow(f"{path}: row {number}", LARGE, "too large"))
+                        continue
+                    for value in part.to_pylist():
+                        number += 1
+                        yield Row(value, f"{path}: row {number}")
+    except optional("pyarrow", path).ArrowException as error:
+        said = " ".join(str(error).split())[:150]
+        raise LlmtuneDataError(f"{path}: damaged, or not a parquet file ({said})") from None
+
+
+READERS: dict[str, Callable[[Path, Refuse], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".txt": _txt,
+    ".parquet": _parquet,
+}
+
+
+class _Repeated(ValueError):
+    """A key that stands twice: which of the two was meant, nobody can say."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Repeated(f"the key {twice!r} stands twice; remove one of them")
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value; write null, or leave the key out")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise BadRow(where, f"not valid JSON ({error.msg} at column {error.colno})", "not JSON") from None
+    except _Repeated as error:
+        raise BadRow(where, str(error), "a key stands twice") from None
+    except (RecursionError, ValueError) as error:
+        raise BadRow(where, _said(error), "not JSON") from None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep to be a row"
+    return f"not valid JSON ({error})"  # NaN, or an integer of thousands of digits
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise LlmtuneDataError(
-            f"{path}:{line}: not UTF-8 (there is a byte 0x{raw[error.start]:02x}); convert the file"
-        ) from None
+        raise _not_utf8(raw[error.start], path, line + raw.count(b"\n", 0, error.start)) from None
 
 
-def _parse(text: str, path: Path, line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}"
-        raise LlmtuneDataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise LlmtuneDataError(f"{path}:{line}: nested too deep to be a row") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise LlmtuneDataError(f"{path}:{line}: not valid JSON ({error})") from None
+def _not_utf8(byte: int, path: Path, line: int) -> BadRow:
+    return BadRow(f"{path}:{line}", f"not UTF-8 (there is a byte 0x{byte:02x}); convert the file", "not UTF-8")
 
 
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise LlmtuneDataError(f"{where}: a row is an object of columns, not {type(value).__name__}")
+        said = f"a row is an object of columns, not {type(value).__name__}"
+        raise BadRow(where, said, "not an object")
     return Row(value, where)

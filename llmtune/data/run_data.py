@@ -1,33 +1,42 @@
-"""The data of a run: files found, format detected, rows tokenised."""
+"""The data of a run: sources read and joined, and everything that a run says about them."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmtune.config import Run
+from llmtune.config import DataSource, Run, sources_of
 from llmtune.data.batches import BatchSource
-from llmtune.data.dataset import Dataset, collect
-from llmtune.data.formats import Example, detect_format, make_formatter, read_examples
-from llmtune.data.rows import data_files, files_digest, read_rows
+from llmtune.data.dataset import Dataset, join
+from llmtune.data.files import files_digest
+from llmtune.data.first_row import Look, look_at
+from llmtune.data.formats import instruction_prompt, uses_template
+from llmtune.data.mixture import Mixture
+from llmtune.data.sources import Reading, SourceReport, Tick
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.models.config import ModelConfig
 from llmtune.shipped import resolve
-from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
-
-Tick = Callable[[int], None]
+from llmtune.tokenizers import AddedTokens, Tokenizer, check_fits, load_chat_template, load_tokenizer
+from llmtune.tokenizers.conversation import ChatTemplate
+from llmtune.tokenizers.turns import chat_prompt, end_ids
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Training and held-out examples, and the sha256 of the files they came from."""
+    """Training and held-out examples, and an account of the files they came from.
+
+    `digest`: sha256 of all files; `notes`: a line per source; `look`: what the first row looks like to the model, and what
+    is odd about it; `template`: the chat template that rows were rendered with, None where none was.
+    """
 
     train: Dataset
     validation: Dataset | None
     tokenizer: Tokenizer | None
     digest: str
     notes: tuple[str, ...]
+    sources: tuple[SourceReport, ...] = ()
+    template: ChatTemplate | None = None
+    look: Look = field(default_factory=Look)
 
     def source(self, run: Run, steps: int, process: int = 0, processes: int = 1) -> BatchSource:
         """The run's training batches."""
@@ -50,54 +59,61 @@ class RunData:
         rows = self.source(run, steps=1).rows_in(run.train.epochs)
         return max(1, math.ceil(rows / run.train.batch_size))
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A prompt as the training rows have theirs: a user's turn, an instruction, or the plain text."""
+        assert self.tokenizer is not None
+        if self.template is not None:
+            return chat_prompt(self.template, prompt)
+        plain_instructions = any(uses_template(source.format) for source in self.sources)
+        text = instruction_prompt(prompt) if plain_instructions else prompt
+        return self.tokenizer.encode(text, bos=self.tokenizer.add_bos)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Where a sample stops: at the model's eos ids, and at the end of a turn of the chat template."""
+        return () if self.tokenizer is None else end_ids(self.tokenizer, self.template)
+
 
 def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick = lambda rows: None) -> RunData:
     """Read and tokenise everything; raises LlmtuneError with file:line for what cannot be used."""
-    tokenizer_home = directory if run.data.tokenizer is None else resolve(run.data.tokenizer)
-    tokenizer = None if tokenizer_home is None else load_tokenizer(tokenizer_home)
+    tokenizer, template = _tokenizer(run, config, directory)
+    reading = Reading(run, config, tokenizer, template)
+
+    def load(given: str | list[str | DataSource], key: str) -> tuple[Dataset, list[SourceReport], list[str]]:
+        sources = sources_of(given)
+        datasets, reports, notes = zip(*(reading.load(source, key, tick) for source in sources), strict=True)
+        weights = tuple(source.weight for source in sources)
+        sizes = tuple(map(len, datasets))
+        mixture = Mixture(sizes, weights) if set(weights) != {1} else None
+        return join(datasets, mixture), list(reports), list(notes)
+
+    train, reports, notes = load(run.data.train, "data.train")
+    digest, validation = files_digest([file for report in reports for file in report.files]), None
+    if run.data.validation:
+        validation, others, more = load(run.data.validation, "data.validation")
+        other = files_digest([file for report in others for file in report.files])
+        digest = hashlib.sha256(f"{digest} {other}".encode()).hexdigest()
+        reports, notes = reports + others, notes + more
+    used = template if any(report.template for report in reports) else None
+    look = look_at(train, tokenizer, used)
+    return RunData(train, validation, tokenizer, digest, tuple(notes), tuple(reports), used, look)
+
+
+def _tokenizer(run: Run, config: ModelConfig, directory: Path | None) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    home = directory if run.data.tokenizer is None else resolve(run.data.tokenizer)
+    tokenizer = None if home is None else load_tokenizer(home, added_tokens(run))
     if run.data.tokenizer is not None and tokenizer is None:
         raise LlmtuneDataError(f"data.tokenizer: {run.data.tokenizer} holds no tokenizer.json and no tokenizer.model")
-    if tokenizer is not None:
-        check_fits(tokenizer, config)
-
-    elif run.evaluate.prompts:
-        raise LlmtuneConfigError(
-            "evaluate.prompts: the model has no tokenizer to read them; set data.tokenizer, or leave them out"
-        )
-
-    def load(names: str | Sequence[str], key: str) -> tuple[Dataset, str, str]:
-        paths = data_files(names)
-        examples, found = _examples(paths, run, tokenizer, config)
-        dataset = collect(_counted(examples, tick), run.data.sequence_length, run.data.too_long, name=key)
-        return dataset, files_digest(paths), f"{key}: {found}, {dataset.counts.describe()}"
-
-    train, digest, train_note = load(run.data.train, "data.train")
-    if not run.data.validation:
-        return RunData(train, None, tokenizer, digest, (train_note,))
-    validation, other, note = load(run.data.validation, "data.validation")
-    both = hashlib.sha256(f"{digest} {other}".encode()).hexdigest()
-    return RunData(train, validation, tokenizer, both, (train_note, note))
+    if tokenizer is None or home is None:
+        if run.evaluate.prompts:
+            raise LlmtuneConfigError(
+                "evaluate.prompts: the model has no tokenizer to read them; set data.tokenizer, or leave them out"
+            )
+        return None, None
+    check_fits(tokenizer, config)
+    return tokenizer, load_chat_template(home, tokenizer, run.data.chat_template)
 
 
-def _examples(
-    paths: Sequence[Path], run: Run, tokenizer: Tokenizer | None, config: ModelConfig
-) -> tuple[Iterator[Example], str]:
-    data, rows = run.data, read_rows(paths)
-    first = next(rows, None)
-    if first is None:
-        raise LlmtuneDataError(f"{paths[0]}: the file holds no rows")
-    found = detect_format(first, data.columns) if data.format == "auto" else data.format
-    note = f"{found} (detected)" if data.format == "auto" else found
-    formatter = make_formatter(found, tokenizer, data.columns, config.vocab_size, pretrain=run.objective == "pretrain")
-    return read_examples(_again(first, rows), formatter), note
-
-
-def _again(first: object, rest: Iterator) -> Iterator:
-    yield first
-    yield from rest
-
-
-def _counted(examples: Iterable[Example], tick: Tick) -> Iterator[Example]:
-    for example in examples:
-        yield example
-        tick(1)
+def added_tokens(run: Run) -> AddedTokens:
+    """The tokens that a run adds to its tokenizer."""
+    return AddedTokens(tuple(run.data.add_tokens), tuple(run.data.add_special_tokens))

@@ -7,7 +7,7 @@ rounded up to a few sizes, so that the number of compilations stays small.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.generation.cache import KVCache, attend_and_fill, attend_to_cache, empty_cache
+from llmtune.generation.cache import Cache, attend_and_fill, attend_to_cache, empty_cache
+from llmtune.generation.layers import arrangement
 from llmtune.generation.sampling import Sampling, draw, greedy
 from llmtune.models.config import ModelConfig
 from llmtune.models.language_model import LanguageModel
@@ -37,7 +38,7 @@ class Decoding:
     segment_ids: jax.Array  # int32 [batch, length], 0 on padding
     positions: jax.Array  # int32 [batch], of `last`
     keys: jax.Array  # [batch] random keys
-    cache: KVCache
+    cache: Cache
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,16 @@ class Engine:
         _check(prompts, self.config.vocab_size, max_new_tokens)
         rows = _left_padded(prompts, multiple=axis_size(self.mesh, self.strategy.spec("batch")[0]))
         length = rows.tokens.shape[1] + _round_up(max_new_tokens, SLICE)
-        prefill, decode = _compiled(self.bind, self.config, self.strategy, sampling, tuple(eos_ids), length)
+        arrange = arrangement(self.mesh)
+        prefill, decode = _compiled(self.bind, self.config, self.strategy, sampling, tuple(eos_ids), length, arrange)
         out: list[list[int]] = [[] for _ in prompts]
         over = np.array([False] * len(prompts))
         with jax.set_mesh(self.mesh):
             layout = NamedSharding(self.mesh, self.strategy.spec("batch", "seq"))
             tokens, segments, positions = (put(x, layout) for x in (rows.tokens, rows.segment_ids, rows.positions))
-            state = prefill(params, tokens, segments, positions, jnp.int32(seed))
+            weights, state = prefill(params, tokens, segments, positions, jnp.int32(seed))
             while not over.all():
-                state, chosen = decode(params, state)
+                state, chosen = decode(weights, state)
                 for row, new in enumerate(np.asarray(chosen)[: len(prompts)]):
                     if not over[row]:
                         over[row] = _extend(out[row], new, eos_ids, max_new_tokens, finished)
@@ -107,8 +109,10 @@ def _compiled(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     length: int,
+    arrangement: Callable,
 ) -> tuple[Callable, Callable]:
-    """The two jitted functions of one setting; kept, so that a second call of the same shape compiles nothing."""
+    """Prefill and decode of one setting; kept, so that a second call of the same shape compiles nothing."""
+    bind_arranged, arrange = arrangement(bind, config)
     select = greedy if sampling.temperature == 0.0 else draw
 
     def choose(model: LanguageModel, hidden: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
@@ -137,7 +141,7 @@ def _compiled(
             return Decoding(index, last, alive == 0, grown, following, keys, cache)
 
     def one(params: Any, state: Decoding) -> Decoding:
-        model = bind(params)
+        model = bind_arranged(params)
         attend = attend_to_cache(state.segment_ids, state.index)
         hidden, cache, _ = model.decoder().hidden(
             state.last[:, None], state.positions[:, None], attend, cache=state.cache, dtype=model.dtype
@@ -163,7 +167,15 @@ def _compiled(
             _, state, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, tokens))
             return state, tokens
 
-    return jax.jit(prefill), jax.jit(decode, donate_argnums=1)
+    read_prompts = jax.jit(prefill)
+
+    def begin(params: Any, *rows: jax.Array) -> tuple[Any, Decoding]:
+        """Weights as decoding reads them, and its first state."""
+        state = read_prompts(params, *rows)
+        weights, cache = arrange(params, state.cache)
+        return weights, replace(state, cache=cache)
+
+    return begin, jax.jit(decode, donate_argnums=1)
 
 
 def _extend(

@@ -28,7 +28,9 @@ class Sampling:
 def greedy(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """The most likely token: float32 [batch, vocab] -> int32 [batch]."""
     del keys, sampling
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)  # two plain reductions: faster than argmax on a CPU
+    best = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.where(best, ids, logits.shape[-1] - 1).min(axis=-1)
 
 
 def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:

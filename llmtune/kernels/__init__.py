@@ -1,7 +1,8 @@
 """Kernels: arrays in, arrays out. They know nothing of modules, weights or operators."""
 
 from llmtune.kernels.attention import attention
+from llmtune.kernels.cached_attention import cached_attention
 from llmtune.kernels.grouped_matmul import grouped_matmul
 from llmtune.kernels.masks import Mask, visible
 
-__all__ = ["Mask", "attention", "grouped_matmul", "visible"]
+__all__ = ["Mask", "attention", "cached_attention", "grouped_matmul", "visible"]

@@ -10,6 +10,7 @@ that a scan over layers keeps nothing of their size.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def strip_attention(
     batch, seq, heads, size = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
-    out = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), (q_segments, kv_segments), mask, scale)
+    out: Any = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), (q_segments, kv_segments), mask, scale)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
 
 

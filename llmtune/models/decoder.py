@@ -18,7 +18,7 @@ Layers whose windows follow a pattern are scanned a period at a time, [L] as [L/
 pattern is no part of the layout of parameters, and neither trace nor compile time grows with the number of layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,9 +89,9 @@ class Head(nnx.Module):
 class Decoder(nnx.Module):
     """int32 [batch, seq] -> hidden states [batch, seq, hidden]; `head_weight` takes them to logits."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, segments: Sequence[int]):
         self.embed = Embed(config)
-        self.layers = nnx.List([_stack(Block(config), config.num_hidden_layers)])
+        self.layers = nnx.List([_stack(Block(config), layers) for layers in segments])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config)
         self.prompt: nnx.Param[Any] = nnx.Param(None)
@@ -190,7 +190,10 @@ def _stack(block: Block, layers: int) -> Block:
     return nnx.merge(graphdef, jax.tree.map(lambda spec: spec.stacked(layers), state))
 
 
-def declare(config: ModelConfig) -> tuple[Any, Params]:
-    """The decoder's (graphdef, declared parameters): a nested dict whose leaves are ArraySpec, or None in empty slots."""
-    graphdef, state = nnx.split(Decoder(config))
+def declare(config: ModelConfig, segments: Sequence[int] | None = None) -> tuple[Any, Params]:
+    """The decoder's (graphdef, declared parameters): a nested dict whose leaves are ArraySpec, or None in empty slots.
+
+    segments: how many layers each contiguous stack holds (default: one stack of all).
+    """
+    graphdef, state = nnx.split(Decoder(config, [config.num_hidden_layers] if segments is None else segments))
     return graphdef, nnx.to_pure_dict(state)

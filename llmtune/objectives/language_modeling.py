@@ -15,13 +15,24 @@ def next_token_loss(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array, M
     `positions`. The shift happens here; the first token of a document is never a target. What a mixture of experts adds to
     the mean loss counts once for every target; then the metrics hold `cross_entropy` and its parts.
     """
-    targets, weights = shifted_targets(batch["labels"], batch["segment_ids"])
-    log_probs, _, aux = model.token_log_probs(batch["tokens"], batch["positions"], batch["segment_ids"], targets)
-    cross_entropy, weight = -(weights * log_probs).sum(), weights.sum()
+    losses, weights, aux = _losses(model, batch)
+    cross_entropy, weight = losses.sum(), weights.sum()
     if not aux:
         return cross_entropy, weight, {}
     figures = {name: weight * value for name, value in aux.items() if name != "penalty"}
     return cross_entropy + weight * aux["penalty"], weight, {"cross_entropy": cross_entropy, **figures}
+
+
+def next_token_losses(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The cross-entropy before it is summed: (losses, weights), float32 [batch, seq]; 0 where the next token is no target."""
+    losses, weights, _ = _losses(model, batch)
+    return losses, weights
+
+
+def _losses(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
+    targets, weights = shifted_targets(batch["labels"], batch["segment_ids"])
+    log_probs, _, aux = model.token_log_probs(batch["tokens"], batch["positions"], batch["segment_ids"], targets)
+    return -(weights * log_probs), weights, aux
 
 
 def shifted_targets(labels: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

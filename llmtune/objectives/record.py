@@ -44,3 +44,4 @@ class Model(Protocol):
 
 
 Objective = Callable[[Model, Batch], tuple[jax.Array, jax.Array, Metrics]]
+TokenLosses = Callable[[Model, Batch], tuple[jax.Array, jax.Array]]  # losses and weights, float32 [batch, seq]

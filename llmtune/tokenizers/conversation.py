@@ -4,9 +4,11 @@ Formats (`llmtune.data`) turn rows into conversations; templates turn conversati
 assistant said. Nothing here depends on a tokenizer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from llmtune.errors import LlmtuneDataError
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -61,4 +63,10 @@ class ChatTemplate(Protocol):
 
         Raises LlmtuneDataError for a conversation that the template cannot express.
         """
+        ...
+
+    def encode_batch(
+        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
+    ) -> list[Rendered | LlmtuneDataError]:
+        """`encode` of every conversation, faster where the template runs in a process of its own; errors stand in their place."""
         ...

@@ -1,6 +1,6 @@
 """What every tokenizer does, whichever file it was read from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from llmtune.errors import LlmtuneDataError
@@ -29,8 +29,24 @@ class Tokenizer(Protocol):
         """Whether the reference tokenizer puts BOS before a text."""
         ...
 
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The control tokens by their spelling: what `allow_special` reads out of a text."""
+        ...
+
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """Ids of a text; `bos` puts exactly one BOS first, `allow_special` lets the spelling of a control token be one."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = True, allow_special: bool = False) -> list[list[int]]:
+        """`encode` of every text, by the threads of the library, without the interpreter's lock."""
+        ...
+
+    def encode_spans(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids without BOS, and the characters that each was read from, as [begin, end).
+
+        Tokens that share a character have overlapping spans; a blank that the tokenizer puts first counts to what follows.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

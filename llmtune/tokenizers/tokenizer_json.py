@@ -9,6 +9,7 @@ from typing import final
 import tokenizers
 
 from llmtune.errors import LlmtuneFormatError
+from llmtune.tokenizers.added_tokens import NONE_ADDED, AddedTokens, add_tokens
 from llmtune.tokenizers.protocol import require_characters
 from llmtune.tokenizers.settings import ending_ids, read_settings
 
@@ -20,6 +21,7 @@ class TokenizerJson:
 
     plain: tokenizers.Tokenizer
     special: tokenizers.Tokenizer
+    controls: dict[str, int]
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -27,18 +29,30 @@ class TokenizerJson:
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        require_characters(text)
-        reader = self.special if allow_special else self.plain
-        ids = reader.encode(text, add_special_tokens=False).ids
+        ids, _ = self.encode_spans(text, allow_special=allow_special)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = True, allow_special: bool = False) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        for text in texts:
+            require_characters(text)
+        reader = self.special if allow_special else self.plain
+        first = [self.bos_id] if bos and self.bos_id is not None else []
+        return [first + e.ids for e in reader.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_spans(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Tokenizer.encode_spans`."""
+        require_characters(text)
+        encoding = (self.special if allow_special else self.plain).encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         return self.plain.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
 
-def read_tokenizer_json(directory: Path) -> TokenizerJson:
-    """The tokenizer of a directory that has a tokenizer.json."""
+def read_tokenizer_json(directory: Path, added: AddedTokens = NONE_ADDED) -> TokenizerJson:
+    """The tokenizer of a directory that has a tokenizer.json, with a run's own tokens added."""
     path = directory / "tokenizer.json"
     try:
         plain, special = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
@@ -49,12 +63,14 @@ def read_tokenizer_json(directory: Path) -> TokenizerJson:
     for reader in (plain, special):
         reader.no_truncation()
         reader.no_padding()
+        add_tokens(reader, added)
     settings = read_settings(directory)
     bos_id = plain.token_to_id(settings.bos) if settings.bos is not None else settings.bos_id
     ids = plain.get_vocab(with_added_tokens=True).values()
     return TokenizerJson(
         plain,
         special,
+        {token.content: index for index, token in plain.get_added_tokens_decoder().items() if token.special},
         vocab_size=max(ids, default=-1) + 1,
         bos_id=bos_id,
         eos_ids=ending_ids(settings, plain.token_to_id, None),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llmtune.config import Run
 from llmtune.data import RunData, evaluation_batches
 from llmtune.evaluation.perplexity import HeldOut, held_out_loss
@@ -34,8 +36,9 @@ class Evaluator:
             self.run.data.sequence_length,
             self.run.evaluate.max_batches,
         )
+        documents = max(int(batch["segment_ids"].max()) for batch in batches)
         placed = map(self.program.place, batches)
-        return held_out_loss(self.program.held_out_step, state.trainable, self.program.frozen, placed)
+        return held_out_loss(self.program.held_out_step, state.trainable, self.program.frozen, placed, documents)
 
     def record(self, moment: str, state: TrainState) -> HeldOut | None:
         """Measure and sample, and write both under `moment` ("before", "after") into evaluation.json."""
@@ -43,8 +46,9 @@ class Evaluator:
         completions = sample(
             program.bind,
             combine(state.trainable, program.frozen),
-            prompts,
+            [self.data.prompt_ids(prompt) for prompt in prompts],
             self.data.tokenizer,
+            self.data.end_ids,
             self.config,
             program.mesh,
             program.strategy,
@@ -53,6 +57,7 @@ class Evaluator:
         figures: dict[str, Any] = {}
         if held_out is not None:
             figures = {"loss": held_out.loss, "perplexity": held_out.perplexity, "tokens": held_out.tokens}
+            self.directory.write_held_out(moment, np.stack([held_out.losses, held_out.targets]))
         pairs = zip(prompts, completions, strict=False)  # without a tokenizer there are no completions
         figures["samples"] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
         self.directory.write_evaluation({**self.directory.read_evaluation(), moment: figures})
@@ -60,5 +65,5 @@ class Evaluator:
 
     def recorded(self, moment: str) -> HeldOut | None:
         """What `record` measured earlier, when a run is taken up again."""
-        figures = self.directory.read_evaluation().get(moment, {})
-        return HeldOut(figures["loss"], figures["tokens"]) if "loss" in figures else None
+        sums = self.directory.read_held_out(moment)
+        return None if sums is None else HeldOut(*sums)

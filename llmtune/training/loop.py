@@ -14,17 +14,20 @@ from llmtune import pretrained
 from llmtune.config import Run
 from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
+from llmtune.evaluation.report import write_report
 from llmtune.models.decoder import declare
 from llmtune.sharding import Devices
-from llmtune.shipped import resolve
 from llmtune.training.checkpoint import Checkpoints
 from llmtune.training.display import Display, step_status
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
+from llmtune.training.facts import Session, run_facts, session_facts
 from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
 from llmtune.training.step import Metrics
+from llmtune.training.tracking import open_trackers
+from llmtune.training.vocabulary import Vocabulary, describe_vocabulary, settle_vocabulary
 from llmtune.training.weights import choose_layout
 from llmtune.transforms import combine
 
@@ -46,9 +49,9 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
     Raises LlmtuneError for what a user can mend.
     """
     with display or Display() as display:
-        source = pretrained.open_source(run.model)
+        source, vocabulary = settle_vocabulary(run, pretrained.open_source(run.model))
         display.phase("tokenising", total=None)
-        data = load_data(run, source.config, source.directory, display.advance)
+        data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
 
         _, declared = declare(source.config)
@@ -58,20 +61,24 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
         with jax.set_mesh(mesh):
             display.phase("reading weights", total=source.weight_bytes or None)
             program, state = build_program(run, source, steps, mesh, strategy, display.advance)
-            describe(display, run, source, data, program, state)
+            describe(display, run, source, vocabulary, data, program, state)
             directory.begin(run, data.digest, source.digest)
 
             evaluator = Evaluator(run, source.config, data, program, directory)
-            with Checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
-                state = resume(directory, checkpoints, state, program, display)
-                before = measure("before", state, evaluator, display)
-                state = run_steps(run, data, steps, program, state, evaluator, checkpoints, display)
-            after = measure("after", state, evaluator, display)
+            facts = run_facts(run, source, data, steps, state, program)
+            with Session(directory, facts, session_facts(program)) as session:
+                with Checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
+                    state = resume(directory, checkpoints, state, program, display)
+                    session.note(first_step=int(state.step))
+                    before = measure("before", state, evaluator, display)
+                    state = run_steps(run, data, steps, program, state, evaluator, checkpoints, session, display)
+                after = measure("after", state, evaluator, display)
 
-            display.phase("exporting", total=None)
-            params = combine(state.trainable, program.frozen)
-            tokenizer = None if run.data.tokenizer is None else resolve(run.data.tokenizer)
-            exports = export_run(directory.export, params, source, tokenizer=tokenizer, adapted=run.adapt is not None)
+                display.phase("exporting", total=None)
+                params = combine(state.trainable, program.frozen)
+                adapted = run.adapt is not None
+                exports = export_run(directory.export, params, source, vocabulary, adapted=adapted, whole=program.whole)
+        write_report(directory.path)
         summary = Summary(directory.path, steps, before, after, exports)
         conclude(display, summary, directory)
         return summary
@@ -85,6 +92,7 @@ def run_steps(
     state: TrainState,
     evaluator: Evaluator,
     checkpoints: Checkpoints,
+    session: Session,
     display: Display,
 ) -> TrainState:
     """The loop itself: one compiled step; the next batch is read and placed while the device computes."""
@@ -95,23 +103,26 @@ def run_steps(
     batches = map(program.place, read_batches(rows, first))
     batch: Any = next(batches)
     step, seconds = program.compile(state, batch)
+    session.note(compile_seconds=round(seconds, 3))
     display.note(f"compiled the train step in {seconds:.1f} s")
     display.phase("training", total=steps, done=first)
 
-    clock = time.perf_counter()
-    for number in range(first + 1, steps + 1):
-        state, metrics = step(state, program.frozen, batch)
-        batch = next(batches, None)
-        row = {"step": number, **to_numbers(metrics)}
-        row["tokens_per_second"] = row["tokens"] / max(time.perf_counter() - clock, 1e-9)
-        if run.evaluate.every is not None and (number % run.evaluate.every == 0 or number == steps):
-            held_out = evaluator.held_out(state)
-            row |= {} if held_out is None else {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
-        evaluator.directory.metrics.append(row)
-        display.advance(1, step_status(row))
-        if number % run.checkpoint.every == 0 or number == steps:
-            checkpoints.save(number, state)
+    with open_trackers(evaluator.directory, after=first) as tracker:
         clock = time.perf_counter()
+        for number in range(first + 1, steps + 1):
+            state, metrics = step(state, program.frozen, batch)
+            batch = next(batches, None)
+            row = {"step": number, **to_numbers(metrics)}
+            row["tokens_per_second"] = row["tokens"] / max(time.perf_counter() - clock, 1e-9)
+            if run.evaluate.every is not None and (number % run.evaluate.every == 0 or number == steps):
+                held_out = evaluator.held_out(state)
+                row |= {} if held_out is None else {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
+            tracker.log(row)
+            display.advance(1, step_status(row))
+            if number % run.checkpoint.every == 0 or number == steps:
+                checkpoints.save(number, state)
+                session.note(last_step=number)
+            clock = time.perf_counter()
     return state
 
 
@@ -133,9 +144,8 @@ def to_numbers(metrics: Metrics) -> dict[str, float | int]:
 def resume(
     directory: RunDirectory, checkpoints: Checkpoints, state: TrainState, program: Program, display: Display
 ) -> TrainState:
-    """The newest checkpoint's state, with metrics cut back to it; the given state where there is none."""
+    """The newest checkpoint's state; the given state where there is none."""
     step = checkpoints.latest_step()
-    directory.metrics.cut_after(step or 0)
     if step is None:
         return state
     state = checkpoints.restore(step, state, program.mesh)
@@ -144,7 +154,13 @@ def resume(
 
 
 def describe(
-    display: Display, run: Run, source: pretrained.Source, data: RunData, program: Program, state: TrainState
+    display: Display,
+    run: Run,
+    source: pretrained.Source,
+    vocabulary: Vocabulary,
+    data: RunData,
+    program: Program,
+    state: TrainState,
 ) -> None:
     """What is about to happen, in a few lines."""
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
@@ -157,7 +173,8 @@ def describe(
         display.note(
             "note: the text tower is trained; the others' tensors are carried through untouched into the export"
         )
-    for note in data.notes:
+    adapted = run.adapt is not None
+    for note in (*describe_vocabulary(source, vocabulary, adapted=adapted), *data.notes, *data.look.lines):
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")
@@ -190,6 +207,7 @@ def conclude(display: Display, summary: Summary, directory: RunDirectory) -> Non
     display.note("")
     for kind, path in summary.exports.items():
         display.note(f"{kind}: {path}")
+    display.note(f"report: {directory.path / 'report.html'}")
     display.note(f"metrics: {directory.metrics.path}")
     prompt = evaluation["after"]["samples"][0]["prompt"] if evaluation["after"]["samples"] else "Once upon a time"
     display.note(f"try it: {shlex.join([command(), 'generate', str(summary.directory), '--prompt', prompt])}")

@@ -14,10 +14,13 @@ class MetricsFile:
 
     path: Path
 
-    def append(self, row: dict[str, Any]) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         """One line: plain numbers and strings by name."""
         with written_plainly(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Nothing is held back."""
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole lines."""

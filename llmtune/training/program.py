@@ -21,7 +21,7 @@ from llmtune.config import Run
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
-from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
 from llmtune.sharding import Strategy, axis_size
 from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
@@ -34,7 +34,10 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 
 @dataclass(frozen=True)
 class Program:
-    """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights."""
+    """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
+
+    `whole`: the paths of weights that train in whole beside an adapter.
+    """
 
     mesh: Mesh
     strategy: Strategy
@@ -43,6 +46,7 @@ class Program:
     step: TrainStep
     held_out_step: EvalStep
     row_multiple: int
+    whole: tuple[str, ...]
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
         """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
@@ -82,8 +86,9 @@ def build_program(
         bind,
         weights.frozen,
         make_train_step(bind, objective, optimizer, schedule, strategy, run.train.microbatches),
-        jax.jit(make_eval_step(bind, objective, strategy)),
+        jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         multiple,
+        weights.whole,
     )
     return program, init_state(weights.trainable, optimizer)
 

@@ -5,18 +5,25 @@ config.yaml      the resolved configuration; the same one resumes, another is re
 data.sha256      of the data files; a resumed run must see the same
 base.sha256      of the model that it began with (see `pretrained.Source.digest`), which checkpoints of an adapter refer to
 metrics.jsonl    an object per step
+tensorboard/     the same, for TensorBoard
+run.json         model, data, sessions: versions, devices, seconds, peak memory
 checkpoints/     Orbax
 evaluation.json  held-out loss, perplexity and sample generations before and after
+held_out/        losses and targets of each held-out example, before.npy and after.npy: what intervals are drawn from
+report.html      all of it on one page
 export/          model/ (a Hugging Face directory), adapter/ (a PEFT directory), complete only when the run is
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmtune.config import Run
-from llmtune.config_file import dump_run, parse_yaml
+from llmtune.config_file import dump_run, flat, parse_yaml
 from llmtune.errors import LlmtuneConfigError
 from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
@@ -54,6 +61,16 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def facts(self) -> Path:
+        """What is true of the run beside its curve."""
+        return self.path / "run.json"
+
+    @property
     def export(self) -> Path:
         """Finished models."""
         return self.path / "export"
@@ -71,6 +88,10 @@ class RunDirectory:
                 self.path.rmdir()
             raise
 
+    def read_facts(self) -> dict[str, Any]:
+        """What run.json holds; nothing where there is none."""
+        return json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.exists() else {}
+
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
         path = self.path / "evaluation.json"
@@ -79,6 +100,20 @@ class RunDirectory:
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Replace evaluation.json in one step."""
         write_whole(self.path / "evaluation.json", json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n")
+
+    def read_held_out(self, moment: str) -> np.ndarray | None:
+        """float64 [2, examples]: sums of losses and of targets, as far as measured."""
+        path = self.path / "held_out" / f"{moment}.npy"
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def write_held_out(self, moment: str, sums: np.ndarray) -> None:
+        """Replace held_out/<moment>.npy in one step."""
+        folder = self.path / "held_out"
+        folder.mkdir(exist_ok=True)
+        partial = folder / f"{moment}.partial"
+        with partial.open("wb") as file:
+            np.save(file, sums, allow_pickle=False)
+        os.replace(partial, folder / f"{moment}.npy")
 
 
 def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
@@ -111,7 +146,7 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
         written = directory.config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise LlmtuneConfigError(f"output: {directory.config} cannot be read; choose another directory") from None
-    there, here = _flat(parse_yaml(written, str(directory.config))), _flat(parse_yaml(text, "this run"))
+    there, here = flat(parse_yaml(written, str(directory.config))), flat(parse_yaml(text, "this run"))
     keys = [key for key in {**there, **here} if not key.startswith("sharding")]
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
@@ -120,13 +155,3 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
         raise LlmtuneConfigError(
             f"output: {directory.path} holds another run ({shown}{more}); choose another directory, or the same configuration"
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in _flat(child, f"{prefix}.{name}".lstrip(".")).items()
-    }

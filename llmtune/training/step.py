@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from llmtune.objectives.record import Batch, Model, Objective
+from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
 from llmtune.sharding import Strategy, spec
 from llmtune.training.state import TrainState
 from llmtune.transforms import combine
@@ -21,7 +22,7 @@ from llmtune.transforms import combine
 Bind = Callable[[Any], Model]  # a tree of weights -> the record that objectives see
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+EvalStep = Callable[[Any, Any, Batch, Any], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
@@ -63,15 +64,26 @@ def make_train_step(
     return step
 
 
-def make_eval_step(bind: Bind, objective: Objective, strategy: Strategy) -> EvalStep:
-    """(trainable, frozen, batch) -> (loss sum, weight sum); the loss without what training adds to it."""
+def make_eval_step(bind: Bind, token_losses: TokenLosses, strategy: Strategy) -> EvalStep:
+    """(trainable, frozen, batch, documents) -> (loss sums, weight sums), float32 [batch, documents] on every device.
 
-    def step(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    `documents`: 1..K, the segments of a row that are summed, each by itself: what a confidence interval draws from.
+    """
+
+    def step(trainable: Any, frozen: Any, batch: Batch, documents: jax.Array) -> tuple[jax.Array, jax.Array]:
         with strategy.active():
-            loss, weight, figures = objective(bind(combine(trainable, frozen)), batch)
-        return figures.get("cross_entropy", loss), weight
+            per_token = token_losses(bind(combine(trainable, frozen)), batch)
+        sums = (document_sums(values, batch["segment_ids"], documents) for values in per_token)
+        loss, weight = (jax.sharding.reshard(own, PartitionSpec()) for own in sums)
+        return loss, weight
 
     return step
+
+
+def document_sums(values: jax.Array, segment_ids: jax.Array, documents: jax.Array) -> jax.Array:
+    """[batch, seq] and the segment of each place -> [batch, documents]; a compare and a sum, which XLA fuses."""
+    own = segment_ids[:, None, :] == documents[None, :, None]
+    return jnp.where(own, values[:, None, :], 0.0).sum(-1)
 
 
 def accumulate(gradient: Callable, microbatches: int, trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:

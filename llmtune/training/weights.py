@@ -7,20 +7,36 @@ from jax.sharding import Mesh
 
 from llmtune import pretrained
 from llmtune.config import Adapt, Run, Sharding
+from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
 from llmtune.models.decoder import declare
 from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
-from llmtune.transforms import Transform, adapters, everything, identity, lora, partition
+from llmtune.transforms import (
+    Params,
+    Transform,
+    adapters_and,
+    chain,
+    everything,
+    identity,
+    lora,
+    partition,
+    select_whole,
+    train_whole,
+)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model ready to train: its structure, what trains and what stays (each None where the other has an array)."""
+    """A model ready to train: its structure, what trains and what stays (each None where the other has an array).
+
+    `whole`: the paths of weights that train in whole beside an adapter.
+    """
 
     graphdef: Any
     trainable: Any
     frozen: Any
+    whole: tuple[str, ...]
 
 
 def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | None = None) -> tuple[Mesh, Strategy]:
@@ -31,13 +47,21 @@ def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | N
     return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy), devices), strategy
 
 
-def choose_transform(adapt: Adapt | None, source: pretrained.Source) -> Transform:
-    """What `adapt` asks for; nothing is full fine-tuning."""
+def choose_transform(
+    adapt: Adapt | None, source: pretrained.Source, declared: Params, *, grown: bool
+) -> tuple[Transform, tuple[str, ...]]:
+    """What `adapt` asks for, and the paths that train in whole beside it; nothing is full fine-tuning.
+
+    `grown`: tokens were added, so that their rows must train.
+    """
     if adapt is None:
-        return identity
+        return identity, ()
     if adapt.from_ is not None:
-        return pretrained.load_adapter(adapt.from_, source.config)
-    return lora(rank=adapt.rank, alpha=adapt.alpha, targets=adapt.targets, rslora=adapt.rslora)
+        adapter = pretrained.load_adapter(adapt.from_, source.config)
+        return adapter.transform, adapter.whole
+    whole = select_whole(declared, [*adapt.modules_to_save, *(("embed_tokens", "lm_head") if grown else ())])
+    factors = lora(rank=adapt.rank, alpha=adapt.alpha, targets=adapt.targets, rslora=adapt.rslora)
+    return chain(factors, train_whole(whole)), whole
 
 
 def prepare_weights(
@@ -45,9 +69,9 @@ def prepare_weights(
 ) -> Weights:
     """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
     graphdef, declared = declare(source.config)
-    transform = choose_transform(run.adapt, source)
+    transform, whole = choose_transform(run.adapt, source, declared, grown=bool(added_tokens(run)))
     dtype = "float32" if run.adapt is None else None
     params = build_params(
         source, declared, transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
     )
-    return Weights(graphdef, *partition(params, everything if run.adapt is None else adapters))
+    return Weights(graphdef, *partition(params, everything if run.adapt is None else adapters_and(whole)), whole)

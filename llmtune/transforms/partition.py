@@ -5,24 +5,30 @@
 `jax.grad` is taken over the first alone: a frozen weight has no gradient, no optimizer state and costs no FLOP backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 
-from llmtune.weights import is_operator, map_fields
+from llmtune.weights import is_operator, map_fields, path_name
 
-Trains = Callable[[Any], bool]  # of one weight (an array or an operator)
+Trains = Callable[[str, Any], bool]  # of one weight: its path, and the array or operator
 
 
-def adapters(weight: Any) -> bool:
+def adapters(path: str, weight: Any) -> bool:
     """Only operators train (their trainable fields): adapters on a frozen base."""
+    del path
     return is_operator(weight)
 
 
-def everything(weight: Any) -> bool:
+def adapters_and(whole: Collection[str]) -> Trains:
+    """Operators, and the weights at these paths in whole."""
+    return lambda path, weight: path in whole or is_operator(weight)
+
+
+def everything(path: str, weight: Any) -> bool:
     """Every plain array trains, and every trainable field of an operator."""
-    del weight
+    del path, weight
     return True
 
 
@@ -30,11 +36,11 @@ def partition(params: Any, trains: Trains) -> tuple[Any, Any]:
     """(trainable, frozen): two trees of the same structure, each with None where the other has an array."""
 
     def split(keep: bool) -> Any:
-        def pick(weight: Any) -> Any:
-            chosen = trains(weight)
+        def pick(path: tuple[Any, ...], weight: Any) -> Any:
+            chosen = trains(path_name(path), weight)
             return map_fields(lambda leaf, trainable: leaf if (chosen and trainable) == keep else None, weight)
 
-        return jax.tree.map(pick, params, is_leaf=is_operator)
+        return jax.tree_util.tree_map_with_path(pick, params, is_leaf=is_operator)
 
     return split(True), split(False)
 

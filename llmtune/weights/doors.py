@@ -90,18 +90,18 @@ def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -
     piece = functools.partial(_piece_of_head_loss, w)
     if pieces == 1:
         kept = batch * seq * w.shape[-1] <= HELD_LOGITS
-        return (piece if kept else _again(piece))(hidden, targets)
+        return (piece if kept else _again(piece, in_scan=False))(hidden, targets)
     size = math.ceil(seq / pieces)
     padding = pieces * size - seq
     h = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, pieces, size, embed).swapaxes(0, 1)
     t = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, pieces, size).swapaxes(0, 1)
-    _, out = jax.lax.scan(lambda _, chunk: (None, _again(piece)(*chunk)), None, (h, t))
+    _, out = jax.lax.scan(lambda _, chunk: (None, _again(piece, in_scan=True)(*chunk)), None, (h, t))
     log_probs, totals = (o.swapaxes(0, 1).reshape(batch, pieces * size)[:, :seq] for o in out)
     return log_probs, totals
 
 
 def _piece_of_head_loss(w: Weight, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`head_loss` of one piece. Differentiation sees three parts, of which it follows those that are asked for:
+    """`head_loss` of one piece. Differentiation sees three parts, of which it follows those that are asked for.
 
     the logits of a constant h   to the weight
     (h - constant h) * toward    zero in value; d log_probs / d h = W (one_hot - softmax) = toward, already formed
@@ -123,9 +123,10 @@ def _piece_of_head_loss(w: Weight, h: jax.Array, targets: jax.Array) -> tuple[ja
     return log_probs, total + (total_of_h - jax.lax.stop_gradient(total_of_h))
 
 
-def _again(piece: Callable) -> Callable:
+def _again(piece: Callable, *, in_scan: bool) -> Callable:
     """Keeps the gradient towards h for the backward pass, and nothing of the logits."""
-    return jax.checkpoint(piece, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("toward"))
+    policy = jax.checkpoint_policies.save_only_these_names("toward")
+    return jax.checkpoint(piece, prevent_cse=not in_scan, policy=policy)  # a scan by itself keeps both passes apart
 
 
 def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str | None, ...]) -> jax.Array:

@@ -121,7 +121,6 @@ def test_on_eight_devices(base, tmp_path):
 
 OTHER_METHODS = {  # as peft itself writes them -> the field that says so
     "DoRA": ({"use_dora": True}, "use_dora is True"),
-    "a saved head": ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
     "biases": ({"bias": "all"}, "bias is 'all'"),
     "a LoRA bias": ({"lora_bias": True}, "lora_bias is True"),
     "trained tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices is [3]"),

@@ -7,7 +7,7 @@ import pytest
 
 from llmtune.data import BatchSource, evaluation_batches, read_batches
 from llmtune.data.dataset import collect
-from llmtune.data.formats import IGNORED, Example
+from llmtune.data.example import IGNORED, Example
 
 LIMIT, COUNT = 32, 57
 

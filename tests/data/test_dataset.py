@@ -3,18 +3,19 @@
 import numpy as np
 import pytest
 
-from llmtune.data.dataset import collect
-from llmtune.data.formats import IGNORED, Example
+from llmtune.data.dataset import collect, join
+from llmtune.data.example import IGNORED, Example
+from llmtune.data.mixture import Mixture
 from llmtune.errors import LlmtuneDataError
 
 LIMIT = 8
 
 
-def example(length, *, prompt=1, line=1, splittable=False):
+def example(length, *, prompt=1, line=1, cut="end"):
     """Ids 100, 101, ...; the first `prompt` of them are no targets."""
     ids = np.arange(100, 100 + length, dtype=np.int32)
     labels = np.where(np.arange(length) < prompt, IGNORED, ids).astype(np.int32)
-    return Example(ids, labels, f"rows.jsonl:{line}", splittable)
+    return Example(ids, labels, f"rows.jsonl:{line}", cut)
 
 
 def contents(dataset):
@@ -64,7 +65,7 @@ def test_long_rows_are_refused_by_file_and_line():
 @pytest.mark.parametrize("too_long", ["truncate", "drop", "error"])
 def test_text_is_split_and_no_token_is_lost(length, too_long):
     """But for a last one alone: the first of a piece is never a target, so it could teach nothing."""
-    given = example(length, splittable=True)
+    given = example(length, cut="pieces")
     dataset = collect([given], LIMIT, too_long, name="data.train")
     pieces = contents(dataset)
     alone = length % LIMIT == 1
@@ -79,3 +80,39 @@ def test_text_is_split_and_no_token_is_lost(length, too_long):
 def test_nothing_to_train_on_is_said(rows, said):
     with pytest.raises(LlmtuneDataError, match=f"^data.train: nothing to train on: {said}"):
         collect(rows, LIMIT, "drop", name="data.train")
+
+
+def chat(*turns, line=1):
+    """Turns of (length, is it the assistant's); the ids count on from 100."""
+    ids = np.arange(100, 100 + sum(length for length, _ in turns), dtype=np.int32)
+    targets = np.repeat([own for _, own in turns], [length for length, _ in turns])
+    return Example(ids, np.where(targets, ids, IGNORED).astype(np.int32), f"chats.jsonl:{line}", "turn")
+
+
+@pytest.mark.parametrize(
+    "turns, kept",
+    [
+        ([(2, False), (3, True), (2, False), (3, True)], 5),  # the second answer does not fit whole
+        ([(2, False), (2, True), (2, False), (2, True), (1, False), (4, True)], 8),  # two do, to the last token
+        ([(2, False), (2, True), (5, False), (1, True)], 4),
+        ([(2, False), (9, True)], 8),  # the first one does not: it is cut
+    ],
+)
+def test_a_long_conversation_is_cut_after_its_last_whole_answer(turns, kept):
+    given = chat(*turns)
+    dataset = collect([given], LIMIT, "truncate", name="data.train")
+    assert contents(dataset) == [(given.input_ids[:kept].tolist(), given.labels[:kept].tolist())]
+    assert (dataset.counts.truncated, dataset.counts.dropped) == (1, 0)
+
+
+def test_a_conversation_without_room_for_an_answer_is_dropped():
+    dataset = collect([chat((8, False), (3, True)), example(4)], LIMIT, "truncate", name="data.train")
+    assert (dataset.counts.truncated, dataset.counts.dropped, len(dataset)) == (0, 1, 1)
+
+
+def test_sources_are_joined_with_the_sums_of_their_counts():
+    parts = [collect(rows, LIMIT, "truncate", name="x") for rows in ([example(3), example(12)], [example(5)])]
+    mixture = Mixture((2, 1), (1.0, 2.0))
+    whole = join(parts, mixture)
+    assert contents(whole) == contents(parts[0]) + contents(parts[1]) and whole.mixture is mixture
+    assert (whole.counts.rows, whole.counts.truncated, whole.counts.tokens) == (3, 1, 16)

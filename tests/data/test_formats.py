@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from llmtune.data.formats import IGNORED, detect_format, make_formatter, read_examples
+from llmtune.data.example import IGNORED
+from llmtune.data.formats import detect_format, make_formatter, read_examples
 from llmtune.data.rows import Row, read_rows
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers import load_tokenizer

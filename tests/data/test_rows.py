@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llmtune.data.rows import data_files, files_digest, read_rows
+from llmtune.data.files import data_files, files_digest, read_identity
+from llmtune.data.rows import read_rows
 from llmtune.errors import LlmtuneDataError
 
 ROWS = [{"text": "one"}, {"text": "zwei\n\U0001f642 \u2028"}, {"text": ""}]
@@ -112,17 +113,19 @@ def test_a_json_file_holds_a_list(write):
     )
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "rows", "rows.jsonl.gz"])
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.zip", "rows.gz", "rows.tar.gz"])
 def test_other_kinds_of_files_are_refused_by_name(write, name):
     path = write(name, LINES[0])
-    assert refusal(path).startswith(f"{path}: ") and refusal(path).endswith(".jsonl, .json, .txt are")
+    assert refusal(path).startswith(f"{path}: ") and refusal(path).endswith(
+        ".jsonl, .json, .csv, .txt, .parquet, each also with .gz, .bz2, .xz, .zst are"
+    )
 
 
 def test_an_empty_and_a_missing_file_are_refused(write, tmp_path):
     path = write("rows.jsonl", b"")
     assert refusal(path) == f"{path}: the file is empty"
     assert refusal(tmp_path / "other.jsonl").startswith(f"{tmp_path / 'other.jsonl'}: no such file")
-    assert refusal(tmp_path).startswith(f"{tmp_path}: no such file")
+    assert refusal(tmp_path) == f"{path}: the file is empty"
 
 
 def test_a_file_that_cannot_be_read_is_one_line(write, monkeypatch):
@@ -135,9 +138,13 @@ def test_a_file_that_cannot_be_read_is_one_line(write, monkeypatch):
     assert refusal(path) == f"{path}: cannot be read (Permission denied)"
 
 
+def digest(*paths):
+    return files_digest(read_identity(paths))
+
+
 def test_the_digest_is_of_the_contents_in_their_order(write, tmp_path):
     one, two = write("1.jsonl", LINES[0]), write("2.jsonl", LINES[1])
     (tmp_path / "elsewhere").mkdir()
     copy = write("elsewhere/3.jsonl", LINES[0])
-    assert files_digest([one]) == files_digest([copy])
-    assert len({files_digest(paths) for paths in ([one], [two], [one, two], [two, one])}) == 4
+    assert digest(one) == digest(copy)
+    assert len({digest(*paths) for paths in ([one], [two], [one, two], [two, one])}) == 4

@@ -157,6 +157,7 @@ def test_every_module_can_be_the_first_to_be_imported():
         "from llmtune.cli import main; main(['train', '--help'])",
         "from llmtune.cli import main; main(['generate', '--help'])",
         "from llmtune.cli import main; main(['generate'])",
+        "from llmtune.cli import main; main(['report', '--help'])",
     ],
 )
 def test_asking_costs_nothing(work):

@@ -57,7 +57,7 @@ FAULTS = {
         logits("ministral, interleaved windows"),
     ),
     "ring of one token too many": Fault(
-        "llmtune/generation/cache.py", "config.windows[slot] or length", "(config.windows[slot] or length) + 1",
+        "llmtune/generation/cache.py", "min(length, window or length)", "min(length, (window or length) + 1)",
         f"{GENERATION}::test_continuations_across_the_edge_of_the_window[mistral with a window]",
     ),
     "ring filled without its offset": Fault(

@@ -149,8 +149,3 @@ def test_a_model_cut_off_is_one_line(stories, tmp_path):
     raw = (stories / "tokenizer.model").read_bytes()
     for end in range(1, len(raw), len(raw) // 40):
         assert "not a sentencepiece model" in refusal(tmp_path, raw[:end])
-
-
-def test_a_tiktoken_file_is_refused_by_name(assets, tmp_path):
-    raw = (assets / "tokenizers" / "llama3" / "tokenizer.model").read_bytes()
-    assert "tiktoken files are not read yet" in refusal(tmp_path, raw)

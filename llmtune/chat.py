@@ -1,0 +1,38 @@
+"""Talking to a model: prompts as a user's turns, answers that end where the chat template ends a turn.
+
+template = find_template(model, "runs/chat")
+rows = [chat_prompt(template, "Hi", system="Be brief.")]
+with_ends(model, template).generate(rows, max_new_tokens=64)
+"""
+
+import dataclasses
+from pathlib import Path
+
+from llmtune.config_file import load_run
+from llmtune.errors import LlmtuneConfigError
+from llmtune.model import Model
+from llmtune.tokenizers import load_chat_template
+from llmtune.tokenizers.conversation import ChatTemplate
+from llmtune.tokenizers.turns import end_ids
+
+
+def find_template(model: Model, path: str | Path, choice: str | None = None) -> ChatTemplate:
+    """The template that was chosen, else the one that the run trained with, else the model's own."""
+    configuration = Path(path) / "config.yaml"
+    if choice is None and configuration.is_file():
+        choice = load_run(configuration).data.chat_template
+    if model.tokenizer is None or model.source.directory is None:
+        raise LlmtuneConfigError(f"{path}: it has no tokenizer, so nobody can talk to it; leave out --chat")
+    template = load_chat_template(model.source.directory, model.tokenizer, choice)
+    if template is None:
+        raise LlmtuneConfigError(
+            f"{path}: the model has no chat template; give --chat-template a built-in name or a .jinja file"
+        )
+    return template
+
+
+def with_ends(model: Model, template: ChatTemplate) -> Model:
+    """The same model; its completions end at the template's end of a turn too."""
+    assert model.tokenizer is not None
+    ends = tuple(dict.fromkeys((*end_ids(model.tokenizer, template), *model.config.eos_token_ids)))
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=ends))

@@ -1,0 +1,120 @@
+"""One source of a mixture: files -> examples, with an account of what became of every row."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmtune.config import DataSource, Run
+from llmtune.data.dataset import Counts, Dataset, collect
+from llmtune.data.example import Example
+from llmtune.data.files import DataFile, data_files, read_identity
+from llmtune.data.formats import COLUMNS, detect_format, make_formatter, read_examples, uses_template
+from llmtune.data.invalid import BadRow, Skipped, stop
+from llmtune.data.rows import Row, read_rows
+from llmtune.errors import LlmtuneDataError
+from llmtune.models.config import ModelConfig
+from llmtune.tokenizers import Tokenizer
+from llmtune.tokenizers.conversation import ChatTemplate
+
+TRIED = 100  # rows that may be skipped before one shows the format
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one source came to. `skipped`: rows left out, by reason; `skipped_first`: where the first of them stand."""
+
+    key: str
+    path: str
+    format: str
+    template: str | None
+    weight: float
+    counts: Counts
+    skipped: Mapping[str, int]
+    skipped_first: tuple[str, ...]
+    files: tuple[DataFile, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is the same for all sources of a run."""
+
+    run: Run
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+
+    def load(self, source: DataSource, key: str, tick: Tick) -> tuple[Dataset, SourceReport, str]:
+        """(examples, account, a line that says it). Raises LlmtuneError with file:line for what cannot be used."""
+        data, paths = self.run.data, data_files(source.path)
+        skipped = Skipped()
+        refuse = skipped if data.invalid == "skip" else stop
+        columns = data.columns if source.columns is None else source.columns
+        rows = read_rows(paths, refuse)
+        asked = source.format or data.format
+        name, how, rows = _format(asked, rows, columns, refuse, paths)
+        formatter = make_formatter(
+            name,
+            self.tokenizer,
+            columns,
+            self.config.vocab_size,
+            pretrain=self.run.objective == "pretrain",
+            template=self.template,
+        )
+        examples = _ticking(read_examples(rows, formatter, refuse), tick)
+        named = key if isinstance(getattr(data, key.removeprefix("data.")), str) else f"{key} {source.path}"
+        try:
+            dataset = collect(examples, data.sequence_length, data.too_long, name=named)
+        except LlmtuneDataError as error:
+            raise LlmtuneDataError(f"{error}; {skipped.describe()}" if skipped.total else str(error)) from None
+        skipped.require_few(dataset.counts.rows, data.max_skipped, named)
+        used = self.template if uses_template(name) else None
+        report = SourceReport(
+            key,
+            source.path,
+            name,
+            used.name if used else None,
+            source.weight,
+            replace(dataset.counts),
+            dict(skipped.reasons),
+            tuple(skipped.first),
+            tuple(read_identity(paths)),
+        )
+        weight = "" if source.weight == 1 else f", weight {source.weight:g}"
+        through = f", chat template {used.name}" if used else ""
+        note = f"{named}: {name} ({how}){through}{weight}, {dataset.counts.describe()}"
+        return dataset, report, f"{note}, {skipped.describe()}" if skipped.total else note
+
+
+def _format(
+    asked: str, rows: Iterator[Row], columns: Mapping[str, str], refuse: Callable[[BadRow], None], paths: Sequence[Path]
+) -> tuple[str, str, Iterator[Row]]:
+    """(format, how it is known, all rows): with `auto`, the first row that has a known format's columns decides."""
+    if asked != "auto":
+        return asked, "as configured", rows
+    tried: list[Row] = []
+    first: BadRow | None = None
+    for row in itertools.islice(rows, TRIED):
+        tried.append(row)
+        try:
+            name = detect_format(row, columns)
+        except BadRow as error:
+            if refuse is stop:
+                raise
+            first = first or error
+            continue
+        spelled = " and ".join(columns.get(own, own) for own in COLUMNS[name])
+        return name, f"detected by {spelled}", itertools.chain(tried, rows)
+    raise first or LlmtuneDataError(f"{paths[0]}: the file holds no rows")
+
+
+def _ticking(examples: Iterable[Example], tick: Tick) -> Iterator[Example]:
+    for example in examples:
+        yield example
+        tick(1)

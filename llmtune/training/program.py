@@ -29,6 +29,7 @@ from llmtune.training.state import TrainState, init_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 from llmtune.training.weights import prepare_weights
 
+HEAD_CHUNK = {"cpu": 32}  # tokens of a row whose logits are held at a time: on a CPU they should stay in its caches
 OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 
 
@@ -77,7 +78,11 @@ def build_program(
     schedule = make_schedule(run.optimizer, steps)
     optimizer = make_optimizer(run.optimizer, schedule)
     bind = functools.partial(
-        LanguageModel, weights.graphdef, dtype=jnp.dtype(run.train.dtype), remat=POLICIES[run.train.remat]
+        LanguageModel,
+        weights.graphdef,
+        dtype=jnp.dtype(run.train.dtype),
+        remat=POLICIES[run.train.remat],
+        head_chunk=HEAD_CHUNK.get(mesh.devices.flat[0].platform, 512),
     )
     objective = OBJECTIVES[run.objective]
     program = Program(

@@ -24,7 +24,6 @@ from llmtune.weights.gather import gather
 from llmtune.weights.operator import Operator
 
 Weight = jax.Array | Operator
-HELD_LOGITS = 2**24  # logits of so many elements (64 MB in float32) are kept for the backward pass
 
 
 def linear(x: jax.Array, w: Weight, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -81,16 +80,15 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
 def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and the log-sum-exp of its logits, both float32 [batch, seq].
 
-    hidden [batch, seq, embed], targets int32 [batch, seq]. Logits exist for about `chunk` tokens of each row at a time;
-    [batch, seq, vocab] is never held, unless it is small (HELD_LOGITS). The gradient with respect to `hidden` is formed
-    beside the logits, in the forward pass; logits are formed again in the backward pass only where the head itself trains.
+    hidden [batch, seq, embed], targets int32 [batch, seq]. Logits exist for about `chunk` tokens of each row at a time:
+    [batch, seq, vocab] is never held. The gradient with respect to `hidden` is formed beside the logits, in the forward pass;
+    logits are formed again in the backward pass only where the head itself trains.
     """
     batch, seq, embed = hidden.shape
     pieces = max(1, math.ceil(seq / chunk))
     piece = functools.partial(_piece_of_head_loss, w)
     if pieces == 1:
-        kept = batch * seq * w.shape[-1] <= HELD_LOGITS
-        return (piece if kept else _again(piece, in_scan=False))(hidden, targets)
+        return _again(piece, in_scan=False)(hidden, targets)
     size = math.ceil(seq / pieces)
     padding = pieces * size - seq
     h = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, pieces, size, embed).swapaxes(0, 1)

@@ -153,13 +153,13 @@ print(loaded, memory("VmHWM") - before)
     [pytest.param("", 1, id="as stored"), pytest.param("float32", 2, id="in float32", marks=pytest.mark.nightly)],
 )
 def test_loading_and_saving_stream(tmp_path, small, dtype, widened):
-    """300 MB of bfloat16: the peak is the model and one stacked weight on its way (a fifth of it), not two models."""
-    directory = random_model(tmp_path / "hf", layers=12)
+    """550 MB of bfloat16: the peak is the model and one stacked weight on its way (a fifth of it), not two models."""
+    directory = random_model(tmp_path / "hf", layers=24)
     size = widened * (directory / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", MEASURE, str(small), str(directory), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded, saved = (int(number) / size for number in done.stdout.split())
-    assert size > widened * 290e6 and 0.9 < loaded <= saved < 1.35, (loaded, saved)
+    assert size > widened * 500e6 and 0.9 < loaded <= saved < 1.3, (loaded, saved)
 
 
 @pytest.fixture

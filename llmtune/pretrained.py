@@ -178,25 +178,31 @@ def save(
     source: Source,
     *,
     dtype: str | None = None,
-    companions: Path | None = None,
+    tokenizer: Path | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source's) beside the weights.
+    """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
     `complete` puts into the directory what else belongs there, before it appears.
     """
+
+    def finish(directory: Path) -> None:
+        if tokenizer is not None:
+            hf_weights.replace_tokenizer(tokenizer, directory)
+        complete(directory)
+
     hf_weights.save_directory(
         path,
         _fetch(weights_by_path(params)),
         source.config,
         source.hf_config,
         source.directory,
-        source.companions if companions is None else (companions,),
+        source.companions,
         dtype=dtype,
         stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
-        complete=complete,
+        complete=finish,
         progress=progress,
     )
 
@@ -245,6 +251,12 @@ def fit_to_adapter(source: Source, path: str | Path) -> Source:
     return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
 
 
+def as_exported(source: Source, path: Path) -> Source:
+    """The base with the tokenizer, and the ends of a text, that the merged export of its adapter has."""
+    config = replace(source.config, eos_token_ids=open_source(str(path)).config.eos_token_ids)
+    return replace(source, config=config, companions=(*source.companions, path))
+
+
 def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
     """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
     adapter = peft.read_adapter(Path(path), config)
@@ -259,12 +271,12 @@ def save_adapter(
     source: Source,
     *,
     whole: Sequence[str] = (),
-    companions: Path | None = None,
+    tokenizer: Path | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
 
-    Where the vocabulary is not the base's, the tokenizer (from `companions`, default: the source's) goes with it.
+    Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
     adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
@@ -278,7 +290,7 @@ def save_adapter(
         for name, w in jax.device_get(adapters).items()
     }
     own = source.resize is not None or source.tokenizer_directory != source.directory
-    home = (companions or source.tokenizer_directory) if own else None
+    home = tokenizer or (source.tokenizer_directory if own else None)
 
     def finish(directory: Path) -> None:
         if home is not None:

@@ -76,6 +76,7 @@ class Reading:
         except LlmtuneDataError as error:
             raise LlmtuneDataError(f"{error}; {skipped.describe()}" if skipped.total else str(error)) from None
         skipped.require_few(dataset.counts.rows, data.max_skipped, named)
+        dataset.counts.rows += skipped.total
         used = self.template if uses_template(name, first, columns) else None
         report = SourceReport(
             key,
@@ -91,7 +92,11 @@ class Reading:
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
         through = f", chat template {used.name}" if used else ""
         note = f"{named}: {name} ({how}){through}{weight}, {dataset.counts.describe()}"
-        return dataset, report, f"{note}, {skipped.describe()}" if skipped.total else note
+        return (
+            dataset,
+            report,
+            f"{note}, {skipped.describe()}; the first: {skipped.first[0]}" if skipped.total else note,
+        )
 
 
 def _format(

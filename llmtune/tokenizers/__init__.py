@@ -11,7 +11,15 @@ from llmtune.tokenizers.sentencepiece_model import read_sentencepiece
 from llmtune.tokenizers.tiktoken_ranks import is_tiktoken, read_tekken, read_tiktoken
 from llmtune.tokenizers.tokenizer_json import read_tokenizer_json
 
-__all__ = ["AddedTokens", "Tokenizer", "check_fits", "load_chat_template", "load_tokenizer", "write_added_tokens", "write_chat_template"]
+__all__ = [
+    "AddedTokens",
+    "Tokenizer",
+    "check_fits",
+    "load_chat_template",
+    "load_tokenizer",
+    "write_added_tokens",
+    "write_chat_template",
+]
 
 
 def load_tokenizer(directory: Path, added: AddedTokens = NONE_ADDED) -> Tokenizer | None:

@@ -8,9 +8,7 @@ TURN = (
     "~ '<|eot_id|>' }}{% endmacro %}\n"
 )
 BEGIN = "{{- '<|begin_of_text|>' }}\n"
-PROMPT = (
-    "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
+PROMPT = "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 LLAMA3 = f"""{TURN}{BEGIN}
 {{%- for message in messages %}}
   {{%- if tools or message.tool_calls or message.role == 'tool' %}}

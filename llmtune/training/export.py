@@ -47,9 +47,7 @@ def export_run(
 
     pretrained.save(written["model"], params, source, tokenizer=tokenizer, complete=complete_model)
     if adapted:
-        pretrained.save_adapter(
-            written["adapter"], params, source, whole=whole, tokenizer=tokenizer, complete=complete
-        )
+        pretrained.save_adapter(written["adapter"], params, source, whole=whole, tokenizer=tokenizer, complete=complete)
     return written
 
 

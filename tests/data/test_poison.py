@@ -63,7 +63,7 @@ def test_the_policy_skip_counts_by_reason_and_keeps_the_others(load, tmp_path, n
     row, said, reason = POISON[name]
     data = load(b"\n".join([GOOD, row, GOOD, row, *[GOOD] * 8]), invalid="skip", max_skipped=0.5)
     (report,) = data.sources
-    assert report.skipped == {reason: 2} and report.counts.rows == report.counts.examples == 10
+    assert report.skipped == {reason: 2} and report.counts.rows - 2 == report.counts.examples == 10
     assert [place.split(": ")[0] for place in report.skipped_first] == [
         f"{tmp_path / 'rows.jsonl'}:{n}" for n in (2, 4)
     ]
@@ -72,7 +72,7 @@ def test_the_policy_skip_counts_by_reason_and_keeps_the_others(load, tmp_path, n
 
 def test_more_bad_rows_than_allowed_are_an_error(load, tmp_path):
     row = POISON["null"][0]
-    assert load(b"\n".join([row, *[GOOD] * 99]), invalid="skip").train.counts.rows == 99
+    assert load(b"\n".join([row, *[GOOD] * 99]), invalid="skip").train.counts.rows == 100
     with pytest.raises(LlmtuneDataError) as caught:
         load(b"\n".join([row, *[GOOD] * 98]), invalid="skip")
     assert str(caught.value).startswith(

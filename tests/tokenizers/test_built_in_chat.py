@@ -248,10 +248,13 @@ def test_a_choice_that_does_not_fit_is_one_line(assets, tmp_path):
             load_chat_template(directory, tokenizer, choice)
         assert len(str(caught.value).splitlines()) == 1
 
+
 @pytest.mark.parametrize("conversation", [*PLAIN.values(), *WITH_TOOLS])
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("name", LLAMA)
-def test_an_export_says_llamas_template_in_jinja_with_the_same_ids(built, hugging_face, tmp_path, name, conversation, prompt):
+def test_an_export_says_llamas_template_in_jinja_with_the_same_ids(
+    built, hugging_face, tmp_path, name, conversation, prompt
+):
     template, tokenizer = built(name, "llama3/tokenizer.json")
     write_chat_template(tmp_path, template)
     said = load_chat_template(tmp_path, tokenizer)

@@ -31,7 +31,9 @@ def chat_run(stories, tmp_path):
         data = {"train": str(rows), "sequence_length": 64, "chat_template": str(template)}
         data |= {"add_special_tokens": ["<|im_start|>", "<|im_end|>"], **sections.pop("data", {})}
         train = {"steps": 1, "batch_size": 2, "dtype": "float32"}
-        llmtune.train(run_config(tmp_path, stories, rows, data=data, train=train, **sections), devices=jax.devices()[:1])
+        llmtune.train(
+            run_config(tmp_path, stories, rows, data=data, train=train, **sections), devices=jax.devices()[:1]
+        )
         template.unlink()
         return tmp_path / "run"
 
@@ -78,7 +80,7 @@ def test_another_tokenizer_is_exported_with_the_models_own_notices(chat_run, sto
     assert own.tokenizer.eos_ids == own.config.eos_token_ids == (0,)
     assert find_template(own, path).jinja == CHATML
     if adapt is not None:
-        assert "eos_token\": \"<unk>" in (path / "export/adapter/tokenizer_config.json").read_text()
+        assert 'eos_token": "<unk>' in (path / "export/adapter/tokenizer_config.json").read_text()
 
 
 def test_ends_that_are_named_already_leave_the_file_as_it_is(tmp_path):

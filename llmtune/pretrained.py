@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from checkpoints_convert import convert as conversion
@@ -216,13 +217,22 @@ def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
             return _expert(weight, place)
         if place:
             weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
-        return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
+        return _on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch
 
 
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
+    if not weight.is_fully_addressable:
+        return _on_host(weight[place])
     out = np.empty(weight.shape[len(place) :], weight.dtype)
     for shard in weight.addressable_shards:
         ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
@@ -286,8 +296,7 @@ def save_adapter(
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     factors = {
-        name: peft.Factors(np.asarray(w.a), np.asarray(w.b), np.asarray(w.scale), w.ranks)
-        for name, w in jax.device_get(adapters).items()
+        name: peft.Factors(_on_host(w.a), _on_host(w.b), _on_host(w.scale), w.ranks) for name, w in adapters.items()
     }
     own = source.resize is not None or source.tokenizer_directory != source.directory
     home = tokenizer or (source.tokenizer_directory if own else None)

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from llmtune import pretrained
 from llmtune.config import Run
@@ -18,6 +19,7 @@ from llmtune.training.display import Display, step_status
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
+from llmtune.training.processes import is_first, wait_for_all, written_once
 from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
@@ -33,7 +35,7 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
 
     Raises LlmtuneError for what a user can mend.
     """
-    with display or Display() as display:
+    with display or Display(None if is_first() else Console(quiet=True)) as display:
         source, vocabulary = settle_vocabulary(run, pretrained.open_source(run.model))
         display.phase("tokenising", total=None)
         data = load_data(run, source.config, source.tokenizer_directory, display.advance)
@@ -47,7 +49,10 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
             display.phase("reading weights", total=source.weight_bytes or None)
             program, state = build_program(run, source, steps, mesh, strategy, display.advance)
             describe(display, run, source, vocabulary, data, program, state)
-            directory.begin(run, data.digest, source.digest)
+            wait_for_all("the directory is claimed")
+            if is_first():
+                directory.begin(run, data.digest, source.digest)
+            wait_for_all("the directory has begun")
 
             evaluator = Evaluator(run, source.config, data, program, directory)
             facts = run_facts(run, source, data, steps, state, program)
@@ -62,12 +67,12 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
                 display.phase("exporting", total=None)
                 params = combine(state.trainable, program.frozen)
                 adapted = run.adapt is not None
-                exports = export_run(
-                    directory.export, params, source, vocabulary, data, adapted=adapted, whole=program.whole
-                )
-        write_report(directory.path)
+                with written_once(directory.export) as export:
+                    exports = export_run(export, params, source, vocabulary, data, adapted=adapted, whole=program.whole)
         summary = Summary(directory.path, steps, before, after, exports)
-        conclude(display, data, summary, directory)
+        if is_first():
+            write_report(directory.path)
+            conclude(display, data, summary, directory)
         return summary
 
 

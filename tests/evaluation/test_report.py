@@ -166,7 +166,13 @@ def test_sources_of_the_data_are_shown_where_they_are_recorded(copy):
 
 
 def test_a_source_of_one_run_alone_is_one_line_of_the_comparison(runs, copy):
-    source = {"name": "b.csv", "format": "text", "weight": 0.5, "counts": {"rows": 3}, "skipped_first": ["b.csv:2: null"]}
+    source = {
+        "name": "b.csv",
+        "format": "text",
+        "weight": 0.5,
+        "counts": {"rows": 3},
+        "skipped_first": ["b.csv:2: null"],
+    }
     edit(copy / "run.json", lambda facts: facts["data"]["train"]["sources"].append(source))
     told = {name: (left, right) for name, left, right in differences(read_record(runs["one"]), read_record(copy))}
     assert told == {"Training: b.csv": ("\N{EM DASH}", "format text, weight 0.5, rows 3, sha256 ")}

@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_what_it_was(tmp_path, 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_full_disk_under_the_metrics_is_one_clear_line():
     with pytest.raises(LlmtuneError, match="/dev/full: cannot be written"):
-        MetricsFile(Path("/dev/full")).append({"step": 1})
+        MetricsFile(Path("/dev/full")).log({"step": 1})
 
 
 def test_a_directory_whose_first_file_does_not_fit_is_not_left_behind(stories, data, tmp_path, monkeypatch):

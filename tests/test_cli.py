@@ -248,7 +248,8 @@ def test_what_is_no_command_is_refused(refusal, arguments, said):
         (["--version"], [f"llmtune {llmtune.__version__}"]),
     ],
 )
-def test_help_and_version_are_said(capsys, arguments, said):
+def test_help_and_version_are_said(capsys, monkeypatch, arguments, said):
+    monkeypatch.setenv("COLUMNS", "200")  # else it depends on the terminal where a line breaks
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     printed = capsys.readouterr()

@@ -134,6 +134,13 @@ def copy_companions(source: Path, target: Path, which: re.Pattern[str] = COMPANI
             shutil.copyfile(file, target / file.name)
 
 
+def replace_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer of `source`, and no file of another: two vocabularies side by side would be read as one."""
+    for file in [file for file in target.iterdir() if TOKENIZER.fullmatch(file.name)]:
+        file.unlink()
+    copy_companions(source, target, TOKENIZER)
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a vocabulary lies there, in whatever format."""
     return any(file.is_file() and VOCABULARY.fullmatch(file.name) for file in directory.iterdir())

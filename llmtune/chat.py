@@ -12,18 +12,23 @@ from llmtune.config_file import load_run
 from llmtune.errors import LlmtuneConfigError
 from llmtune.model import Model
 from llmtune.tokenizers import load_chat_template
+from llmtune.tokenizers.chat import BUILT_IN
 from llmtune.tokenizers.conversation import ChatTemplate
 from llmtune.tokenizers.turns import end_ids
 
 
 def find_template(model: Model, path: str | Path, choice: str | None = None) -> ChatTemplate:
-    """The template that was chosen, else the one that the run trained with, else the model's own."""
-    configuration = Path(path) / "config.yaml"
+    """The template that was chosen, else the one that the run trained with, else the model's own.
+
+    A run's own .jinja file lies in its export, whatever became of the file that it was.
+    """
+    configuration, home = Path(path) / "config.yaml", model.source.tokenizer_directory
     if choice is None and configuration.is_file():
-        choice = load_run(configuration).data.chat_template
-    if model.tokenizer is None or model.source.directory is None:
+        trained = load_run(configuration).data.chat_template
+        choice = trained if trained in BUILT_IN else None
+    if model.tokenizer is None or home is None:
         raise LlmtuneConfigError(f"{path}: it has no tokenizer, so nobody can talk to it; leave out --chat")
-    template = load_chat_template(model.source.directory, model.tokenizer, choice)
+    template = load_chat_template(home, model.tokenizer, choice)
     if template is None:
         raise LlmtuneConfigError(
             f"{path}: the model has no chat template; give --chat-template a built-in name or a .jinja file"

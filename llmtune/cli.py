@@ -17,7 +17,7 @@ from llmtune.errors import LlmtuneError
 if TYPE_CHECKING:
     from llmtune.model import Model
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as a shell has them for SIGINT and SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `llmtune inspect ... | head`: who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except LlmtuneError as error:
         return _refuse(str(error))
     except ValueError as error:

@@ -133,7 +133,10 @@ def load(
         adapters = [adapters]
     base, own = _run_directory(Path(path)) or (str(path), [])
     source, on_top = pretrained.open_source(base), [*own, *adapters]
-    for adapter in on_top:
+    for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
+        source = pretrained.fit_to_adapter(source, adapter)
+        source = pretrained.as_exported(source, adapter.with_name("model"))
+    for adapter in adapters:
         source = pretrained.fit_to_adapter(source, adapter)
     graphdef, declared = declare(source.config)
     loaded = [pretrained.load_adapter(adapter, source.config) for adapter in on_top]

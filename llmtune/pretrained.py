@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from checkpoints_convert import convert as conversion
@@ -178,25 +179,31 @@ def save(
     source: Source,
     *,
     dtype: str | None = None,
-    companions: Path | None = None,
+    tokenizer: Path | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """A merged Hugging Face directory; config and tokenizer (from `companions`, default: the source's) beside the weights.
+    """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
     `complete` puts into the directory what else belongs there, before it appears.
     """
+
+    def finish(directory: Path) -> None:
+        if tokenizer is not None:
+            hf_weights.replace_tokenizer(tokenizer, directory)
+        complete(directory)
+
     hf_weights.save_directory(
         path,
         _fetch(weights_by_path(params)),
         source.config,
         source.hf_config,
         source.directory,
-        source.companions if companions is None else (companions,),
+        source.companions,
         dtype=dtype,
         stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
-        complete=complete,
+        complete=finish,
         progress=progress,
     )
 
@@ -210,13 +217,22 @@ def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
             return _expert(weight, place)
         if place:
             weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
-        return np.asarray(jax.device_get(dense(weight) if is_operator(weight) else weight))
+        return _on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch
 
 
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
+    if not weight.is_fully_addressable:
+        return _on_host(weight[place])
     out = np.empty(weight.shape[len(place) :], weight.dtype)
     for shard in weight.addressable_shards:
         ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
@@ -245,6 +261,12 @@ def fit_to_adapter(source: Source, path: str | Path) -> Source:
     return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
 
 
+def as_exported(source: Source, path: Path) -> Source:
+    """The base with the tokenizer, and the ends of a text, that the merged export of its adapter has."""
+    config = replace(source.config, eos_token_ids=open_source(str(path)).config.eos_token_ids)
+    return replace(source, config=config, companions=(*source.companions, path))
+
+
 def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
     """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
     adapter = peft.read_adapter(Path(path), config)
@@ -259,12 +281,12 @@ def save_adapter(
     source: Source,
     *,
     whole: Sequence[str] = (),
-    companions: Path | None = None,
+    tokenizer: Path | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
 
-    Where the vocabulary is not the base's, the tokenizer (from `companions`, default: the source's) goes with it.
+    Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
     adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
@@ -274,11 +296,10 @@ def save_adapter(
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     factors = {
-        name: peft.Factors(np.asarray(w.a), np.asarray(w.b), np.asarray(w.scale), w.ranks)
-        for name, w in jax.device_get(adapters).items()
+        name: peft.Factors(_on_host(w.a), _on_host(w.b), _on_host(w.scale), w.ranks) for name, w in adapters.items()
     }
     own = source.resize is not None or source.tokenizer_directory != source.directory
-    home = (companions or source.tokenizer_directory) if own else None
+    home = tokenizer or (source.tokenizer_directory if own else None)
 
     def finish(directory: Path) -> None:
         if home is not None:

@@ -248,7 +248,8 @@ def test_what_is_no_command_is_refused(refusal, arguments, said):
         (["--version"], [f"llmtune {llmtune.__version__}"]),
     ],
 )
-def test_help_and_version_are_said(capsys, arguments, said):
+def test_help_and_version_are_said(capsys, monkeypatch, arguments, said):
+    monkeypatch.setenv("COLUMNS", "200")  # else it depends on the terminal where a line breaks
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     printed = capsys.readouterr()
@@ -307,3 +308,9 @@ def test_what_takes_long_says_what_it_is_doing(capfd, monkeypatch):
     assert main(["generate", "llmtune:starter", "--prompt", "Mira", "--max-new-tokens", "2"]) == 0
     printed = capfd.readouterr()
     assert "generating up to 2 tokens" in printed.err and printed.out.startswith("Mira")
+
+
+def test_a_reader_who_has_read_enough_is_no_error():
+    run = f"{sys.executable} -m llmtune.cli inspect llama3-8b"
+    said = subprocess.run(["bash", "-c", f"({run}; echo $? >&2) | true"], capture_output=True, text=True)
+    assert said.stderr.split() in (["141"], ["0"])  # 0 where everything fitted into the pipe before it closed

@@ -117,7 +117,8 @@ def _about_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> list
     if not set(first) <= set(tokenizer.eos_ids):
         warnings.append(
             f"the chat template {template.name} ends turns with id {first[0]}, which is not among the model's eos ids "
-            f"{list(tokenizer.eos_ids)}: other programs may not stop there; add it to generation_config.json"
+            f"{list(tokenizer.eos_ids)}; generation_config.json of the export will name it, that of a base under an adapter "
+            "does not"
         )
     return warnings
 

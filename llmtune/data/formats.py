@@ -13,6 +13,7 @@ Prompt and completion are tokenised apart, so that the boundary lies between tok
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -112,9 +113,10 @@ def make_formatter(
     return Formatter(name, drafts[name], Encoder(tokenizer, template, pretrain))
 
 
-def uses_template(name: str) -> bool:
-    """Whether rows of a format are turns of a conversation where there is a chat template."""
-    return name in ("messages", "sharegpt", "alpaca", "dolly")
+def uses_template(name: str, row: Row | None = None, columns: Columns = MappingProxyType({})) -> bool:
+    """Whether rows of a format, of which `row` is the first, are conversations where there is a chat template."""
+    turns = name == "prompt_completion" and row is not None and isinstance(column(row, "prompt", columns), list)
+    return turns or name in ("messages", "sharegpt", "alpaca", "dolly")
 
 
 def read_examples(rows: Iterable[Row], formatter: Formatter, refuse: Refuse = stop) -> Iterator[Example]:

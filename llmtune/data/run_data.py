@@ -26,7 +26,7 @@ class RunData:
     """Training and held-out examples, and an account of the files they came from.
 
     `digest`: sha256 of all files; `notes`: a line per source; `look`: what the first row looks like to the model, and what
-    is odd about it; `template`: the chat template that rows were rendered with, None where none was.
+    is odd about it; `template`: the chat template that training rows were rendered with, None where none was.
     """
 
     train: Dataset
@@ -64,9 +64,13 @@ class RunData:
         assert self.tokenizer is not None
         if self.template is not None:
             return chat_prompt(self.template, prompt)
-        plain_instructions = any(uses_template(source.format) for source in self.sources)
-        text = instruction_prompt(prompt) if plain_instructions else prompt
-        return self.tokenizer.encode(text, bos=self.tokenizer.add_bos)
+        return self.tokenizer.encode(self.plain_prompt(prompt), bos=self.tokenizer.add_bos)
+
+    def plain_prompt(self, prompt: str) -> str:
+        """A prompt as text, where no chat template says how: in the published wording where rows are instructions."""
+        plain = self.template is None
+        trained = {source.format for source in self.sources if source.key == "data.train"}
+        return instruction_prompt(prompt) if plain and any(map(uses_template, trained)) else prompt
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -88,13 +92,13 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
         return join(datasets, mixture), list(reports), list(notes)
 
     train, reports, notes = load(run.data.train, "data.train")
+    used = template if any(report.template for report in reports) else None
     digest, validation = files_digest([file for report in reports for file in report.files]), None
     if run.data.validation:
         validation, others, more = load(run.data.validation, "data.validation")
         other = files_digest([file for report in others for file in report.files])
         digest = hashlib.sha256(f"{digest} {other}".encode()).hexdigest()
         reports, notes = reports + others, notes + more
-    used = template if any(report.template for report in reports) else None
     look = look_at(train, tokenizer, used)
     return RunData(train, validation, tokenizer, digest, tuple(notes), tuple(reports), used, look)
 

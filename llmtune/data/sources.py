@@ -59,6 +59,8 @@ class Reading:
         rows = read_rows(paths, refuse)
         asked = source.format or data.format
         name, how, rows = _format(asked, rows, columns, refuse, paths)
+        first = next(rows, None)
+        rows = rows if first is None else itertools.chain([first], rows)
         formatter = make_formatter(
             name,
             self.tokenizer,
@@ -74,7 +76,8 @@ class Reading:
         except LlmtuneDataError as error:
             raise LlmtuneDataError(f"{error}; {skipped.describe()}" if skipped.total else str(error)) from None
         skipped.require_few(dataset.counts.rows, data.max_skipped, named)
-        used = self.template if uses_template(name) else None
+        dataset.counts.rows += skipped.total
+        used = self.template if uses_template(name, first, columns) else None
         report = SourceReport(
             key,
             source.path,
@@ -89,7 +92,11 @@ class Reading:
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
         through = f", chat template {used.name}" if used else ""
         note = f"{named}: {name} ({how}){through}{weight}, {dataset.counts.describe()}"
-        return dataset, report, f"{note}, {skipped.describe()}" if skipped.total else note
+        return (
+            dataset,
+            report,
+            f"{note}, {skipped.describe()}; the first: {skipped.first[0]}" if skipped.total else note,
+        )
 
 
 def _format(

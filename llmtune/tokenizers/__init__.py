@@ -5,13 +5,21 @@ from pathlib import Path
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.tokenizers.added_tokens import NONE_ADDED, AddedTokens, write_added_tokens
-from llmtune.tokenizers.chat import load_chat_template
+from llmtune.tokenizers.chat import load_chat_template, write_chat_template
 from llmtune.tokenizers.protocol import Tokenizer
 from llmtune.tokenizers.sentencepiece_model import read_sentencepiece
 from llmtune.tokenizers.tiktoken_ranks import is_tiktoken, read_tekken, read_tiktoken
 from llmtune.tokenizers.tokenizer_json import read_tokenizer_json
 
-__all__ = ["AddedTokens", "Tokenizer", "check_fits", "load_chat_template", "load_tokenizer", "write_added_tokens"]
+__all__ = [
+    "AddedTokens",
+    "Tokenizer",
+    "check_fits",
+    "load_chat_template",
+    "load_tokenizer",
+    "write_added_tokens",
+    "write_chat_template",
+]
 
 
 def load_tokenizer(directory: Path, added: AddedTokens = NONE_ADDED) -> Tokenizer | None:

@@ -1,5 +1,6 @@
 """Which chat template a model gets."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,22 @@ def load_chat_template(directory: Path, tokenizer: Tokenizer, choice: str | None
             f"chat template {choice}: neither a built-in one ({', '.join(BUILT_IN)}) nor a .jinja file that exists"
         )
     return _jinja(directory, tokenizer, _read(Path(choice)), choice)
+
+
+def write_chat_template(directory: Path, template: ChatTemplate | None) -> None:
+    """Put a template where other programs look for it; nothing where the directory says the same already.
+
+    One that is not told in Jinja stays with llmtune (see `ChatTemplate.jinja`).
+    """
+    settings = directory / "tokenizer_config.json"
+    own = read_object(settings)
+    if template is None or template.jinja is None:
+        return
+    file = directory / "chat_template.jinja"
+    if own.get("chat_template") != template.jinja or file.is_file():
+        file.write_text(template.jinja, encoding="utf-8")
+        if own.pop("chat_template", None) is not None:  # else there would be two
+            settings.write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _own(directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -58,6 +58,11 @@ class ChatTemplate(Protocol):
         """For the notes of a run: `llama3.1`, `mistral-v3`, `tokenizer_config.json`, ..."""
         ...
 
+    @property
+    def jinja(self) -> str | None:
+        """The template as other programs read it; None where it cannot be told in one text of Jinja."""
+        ...
+
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """One BOS first where the family has one; `add_generation_prompt` ends with what precedes an assistant's turn.
 

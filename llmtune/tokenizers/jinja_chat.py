@@ -35,6 +35,11 @@ class JinjaChat:
     process: TemplateProcess
     extra: Mapping[str, str]
 
+    @property
+    def jinja(self) -> str | None:
+        """See `ChatTemplate.jinja`."""
+        return self.process.source
+
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """See `ChatTemplate.encode`; whether there is a BOS is the template's affair, as it is in transformers."""
         rendered = self.encode_batch([conversation], add_generation_prompt=add_generation_prompt)[0]
@@ -164,6 +169,11 @@ class ByTools:
     def name(self) -> str:
         """Of the one without."""
         return self.plain.name
+
+    @property
+    def jinja(self) -> str | None:
+        """See `ChatTemplate.jinja`."""
+        return None  # two texts, which lie beside the model
 
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """See `ChatTemplate.encode`."""

@@ -12,6 +12,7 @@ from typing import final
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers.conversation import Conversation, Message, Rendered
 from llmtune.tokenizers.draft import Draft, inexpressible, one_by_one, spelled_json
+from llmtune.tokenizers.llama_jinja import LLAMA3, with_tools
 from llmtune.tokenizers.protocol import Tokenizer
 
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -30,6 +31,11 @@ class Llama3:
 
     tokenizer: Tokenizer
     name: str = "llama3"
+
+    @property
+    def jinja(self) -> str | None:
+        """See `ChatTemplate.jinja`."""
+        return LLAMA3
 
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """See `ChatTemplate.encode`."""
@@ -56,6 +62,11 @@ class Llama31:
 
     tokenizer: Tokenizer
     name: str = "llama3.1"
+
+    @property
+    def jinja(self) -> str | None:
+        """See `ChatTemplate.jinja`."""
+        return with_tools(DATES, WITH_TOOLS)
 
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """See `ChatTemplate.encode`."""

@@ -34,6 +34,11 @@ class MistralV1:
     tokenizer: Tokenizer
     name: str = "mistral-v1"
 
+    @property
+    def jinja(self) -> str | None:
+        """See `ChatTemplate.jinja`."""
+        return None
+
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """See `ChatTemplate.encode`; after a user's turn nothing precedes the assistant's."""
         system, turns = _turns(self.name, conversation)
@@ -65,6 +70,11 @@ class MistralV3:
 
     tokenizer: Tokenizer
     name: str = "mistral-v3"
+
+    @property
+    def jinja(self) -> str | None:
+        """See `ChatTemplate.jinja`."""
+        return None
 
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
         """See `ChatTemplate.encode`; after a user's turn nothing precedes the assistant's."""

@@ -9,6 +9,7 @@ from llmtune.config import Run
 from llmtune.data import RunData, evaluation_batches
 from llmtune.evaluation.perplexity import HeldOut, held_out_loss
 from llmtune.models.config import ModelConfig
+from llmtune.training.processes import is_first, own_rows
 from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.samples import sample
@@ -37,7 +38,8 @@ class Evaluator:
             self.run.evaluate.max_batches,
         )
         documents = max(int(batch["segment_ids"].max()) for batch in batches)
-        placed = map(self.program.place, batches)
+        share = own_rows(self.run.train.batch_size)
+        placed = (self.program.place({name: rows[share] for name, rows in batch.items()}) for batch in batches)
         return held_out_loss(self.program.held_out_step, state.trainable, self.program.frozen, placed, documents)
 
     def record(self, moment: str, state: TrainState) -> HeldOut | None:
@@ -57,11 +59,16 @@ class Evaluator:
         figures: dict[str, Any] = {}
         if held_out is not None:
             figures = {"loss": held_out.loss, "perplexity": held_out.perplexity, "tokens": held_out.tokens}
-            self.directory.write_held_out(moment, np.stack([held_out.losses, held_out.targets]))
         pairs = zip(prompts, completions, strict=False)  # without a tokenizer there are no completions
         figures["samples"] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-        self.directory.write_evaluation({**self.directory.read_evaluation(), moment: figures})
+        if is_first():
+            self._write(moment, figures, held_out)
         return held_out
+
+    def _write(self, moment: str, figures: dict[str, Any], held_out: HeldOut | None) -> None:
+        if held_out is not None:
+            self.directory.write_held_out(moment, np.stack([held_out.losses, held_out.targets]))
+        self.directory.write_evaluation({**self.directory.read_evaluation(), moment: figures})
 
     def recorded(self, moment: str) -> HeldOut | None:
         """What `record` measured earlier, when a run is taken up again."""

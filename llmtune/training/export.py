@@ -1,11 +1,19 @@
-"""The end of a run: the whole model as a Hugging Face directory, the adapter as a PEFT directory."""
+"""The end of a run: the whole model as a Hugging Face directory, the adapter as a PEFT directory.
 
+What a run taught goes with the weights: added tokens, the chat template, and where an answer ends.
+
+    generation_config.json of the model: {"eos_token_id": 128001}  -->  {"eos_token_id": [128001, 128009]}
+"""
+
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtune import pretrained
+from llmtune.data import RunData
+from llmtune.tokenizers import write_chat_template
 from llmtune.training.vocabulary import Vocabulary
 
 
@@ -14,22 +22,46 @@ def export_run(
     params: Any,
     source: pretrained.Source,
     vocabulary: Vocabulary,
+    data: RunData,
     *,
     adapted: bool,
     whole: Sequence[str] = (),
 ) -> dict[str, Path]:
     """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
-    The tokenizer of both knows the tokens that the run added. `whole`: the paths of weights that trained in whole beside
-    the adapter, which therefore belong to it.
+    The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
+    of weights that trained in whole beside the adapter, which therefore belong to it.
     """
     written = {"model": directory / "model"} | ({"adapter": directory / "adapter"} if adapted else {})
     for path in written.values():
         shutil.rmtree(path, ignore_errors=True)
     tokenizer = vocabulary.tokenizer
-    pretrained.save(written["model"], params, source, companions=tokenizer, complete=vocabulary.complete)
+
+    def complete(partial: Path) -> None:
+        vocabulary.complete(partial)
+        write_chat_template(partial, data.template)
+
+    def complete_model(partial: Path) -> None:
+        complete(partial)
+        write_ends(partial, data.end_ids, known=tokenizer is None)
+
+    pretrained.save(written["model"], params, source, tokenizer=tokenizer, complete=complete_model)
     if adapted:
-        pretrained.save_adapter(
-            written["adapter"], params, source, whole=whole, companions=tokenizer, complete=vocabulary.complete
-        )
+        pretrained.save_adapter(written["adapter"], params, source, whole=whole, tokenizer=tokenizer, complete=complete)
     return written
+
+
+def write_ends(directory: Path, ends: Sequence[int], *, known: bool) -> None:
+    """Say in generation_config.json that text ends at these ids, beside those that it names, where they are `known` to hold.
+
+    (They do not where the tokenizer is another than the model's.) Nothing is written where nothing is new.
+    """
+    path, config = directory / "generation_config.json", json.loads((directory / "config.json").read_text("utf-8"))
+    own = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    named = own.get("eos_token_id", config.get("eos_token_id"))
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    wanted = list(dict.fromkeys([*(named if known else ()), *ends]))
+    if ends and set(wanted) != set(named):
+        begins = {} if config.get("bos_token_id") is None else {"bos_token_id": config["bos_token_id"]}
+        text = json.dumps({**(own or begins), "eos_token_id": wanted}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")

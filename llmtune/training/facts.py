@@ -27,6 +27,7 @@ import llmtune
 from llmtune import pretrained
 from llmtune.config import Run
 from llmtune.data import Dataset, RunData, SourceReport
+from llmtune.training.processes import is_first
 from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory, write_whole
 from llmtune.training.state import TrainState
@@ -48,7 +49,8 @@ class Session:
         """Add to what is known of this session, and write it down with the time and the memory taken so far."""
         seconds = round(time.monotonic() - self._clock, 3)
         self._own |= {**facts, "seconds": seconds, **peak_memory()}
-        write_whole(self._path, json.dumps(self._facts, indent=2, ensure_ascii=False) + "\n")
+        if is_first():
+            write_whole(self._path, json.dumps(self._facts, indent=2, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "Session":
         self.note()

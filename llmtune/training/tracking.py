@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmtune.training.processes import is_first
 from llmtune.training.run_directory import RunDirectory
 
 Row = dict[str, Any]
@@ -67,7 +68,13 @@ class TensorBoard:
 
 @contextlib.contextmanager
 def open_trackers(directory: RunDirectory, after: int) -> Iterator[Tracker]:
-    """The trackers of a run that goes on after step `after`: what they hold of later steps is cut or forgotten."""
+    """The trackers of a run that goes on after step `after`: what they hold of later steps is cut or forgotten.
+
+    In all processes but the first there are none.
+    """
+    if not is_first():
+        yield All(())
+        return
     directory.metrics.cut_after(after)
     tracker = All((directory.metrics, TensorBoard(directory.tensorboard, after)))
     try:

@@ -63,7 +63,7 @@ def test_the_policy_skip_counts_by_reason_and_keeps_the_others(load, tmp_path, n
     row, said, reason = POISON[name]
     data = load(b"\n".join([GOOD, row, GOOD, row, *[GOOD] * 8]), invalid="skip", max_skipped=0.5)
     (report,) = data.sources
-    assert report.skipped == {reason: 2} and report.counts.rows == report.counts.examples == 10
+    assert report.skipped == {reason: 2} and report.counts.rows - 2 == report.counts.examples == 10
     assert [place.split(": ")[0] for place in report.skipped_first] == [
         f"{tmp_path / 'rows.jsonl'}:{n}" for n in (2, 4)
     ]
@@ -72,7 +72,7 @@ def test_the_policy_skip_counts_by_reason_and_keeps_the_others(load, tmp_path, n
 
 def test_more_bad_rows_than_allowed_are_an_error(load, tmp_path):
     row = POISON["null"][0]
-    assert load(b"\n".join([row, *[GOOD] * 99]), invalid="skip").train.counts.rows == 99
+    assert load(b"\n".join([row, *[GOOD] * 99]), invalid="skip").train.counts.rows == 100
     with pytest.raises(LlmtuneDataError) as caught:
         load(b"\n".join([row, *[GOOD] * 98]), invalid="skip")
     assert str(caught.value).startswith(
@@ -99,7 +99,7 @@ def test_rows_of_csv_that_do_not_fit_the_header_are_bad_rows(load, tmp_path):
         .skipped_first[0]
         .startswith(f"{tmp_path / 'rows.csv'}:3: 3 fields, where the first line names 2")
     )
-    assert data.train.counts.rows == 2
+    assert (data.train.counts.rows, data.train.counts.examples) == (5, 2)
 
 
 MEASURE = """
@@ -129,7 +129,7 @@ def test_one_row_takes_at_most_two_seconds_and_256_megabytes(tmp_path, starter):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     _, *figures = (line.split(maxsplit=3) for line in done.stdout.splitlines())
-    assert [(own[0], own[3:]) for own in figures] == [("1", ["too large"]), ("2", []), ("2", [])]
+    assert [(own[0], own[3:]) for own in figures] == [("2", ["too large"]), ("2", []), ("2", [])]
     assert all(float(seconds) < 2 and float(megabytes) < 256 for _, seconds, megabytes, *_ in figures), figures
 
 

@@ -187,3 +187,28 @@ def test_prompts_of_plain_instructions_are_rendered_like_the_rows(load, tmp_path
 def test_a_template_that_does_not_exist_is_named(load, tmp_path):
     with pytest.raises(LlmtuneConfigError, match="chat template nothing"):
         load(chats(tmp_path / "chats.jsonl"), chat_template="nothing")
+
+
+def test_prompts_and_completions_of_turns_are_conversations_too(load, tmp_path):
+    """Else samples would be asked in plain text, and nobody would look at the template."""
+    (tmp_path / "own.jinja").write_text(CHAT)
+    turns = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}
+    (tmp_path / "turns.jsonl").write_text(json.dumps(turns) + "\n")
+    data = load(tmp_path / "turns.jsonl", chat_template=str(tmp_path / "own.jinja"))
+    assert data.template is not None and data.sources[0].format == "prompt_completion"
+    assert f"chat template {tmp_path / 'own.jinja'}" in data.notes[0]
+    assert data.look.text.startswith("<s>Question: Hi\\nAnswer:[[ Hello</s>]]")
+    ids, labels = data.train.example(0)
+    assert data.prompt_ids("Hi") == ids[labels == IGNORED].tolist()
+
+
+def test_prompts_are_asked_as_training_rows_are_whatever_validation_looks_like(load, tmp_path):
+    (tmp_path / "own.jinja").write_text(CHAT)
+    rows = {"plain": {"prompt": "a", "completion": " b"}, "chat": {"instruction": "Hi", "output": "Hello"}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    for template in (None, str(tmp_path / "own.jinja")):
+        data = load(tmp_path / "plain.jsonl", validation=str(tmp_path / "chat.jsonl"), chat_template=template)
+        assert data.template is None and data.plain_prompt("Hi") == "Hi"
+    assert data.sources[1].template == template
+    assert load(tmp_path / "chat.jsonl").plain_prompt("Hi").startswith("Below is an instruction")

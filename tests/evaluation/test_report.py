@@ -11,7 +11,8 @@ import pytest
 
 import llmtune
 from llmtune.cli import main
-from llmtune.evaluation.report import read_record, write_comparison, write_report
+from llmtune.evaluation.report import read_record, units, write_comparison, write_report
+from llmtune.evaluation.report.tables import differences
 from tests.evaluation.runs import HOSTILE, short_run
 from tests.training.interruption import StoppingDisplay, train_until
 
@@ -162,6 +163,26 @@ def test_sources_of_the_data_are_shown_where_they_are_recorded(copy):
     edit(copy / "run.json", lambda facts: facts["data"]["train"]["sources"].append(source))
     text = read_page(write_report(copy)).text
     assert "a.parquet Rows 50 Dropped 1 (2.0 %) Skipped 5 (10 %) no target 2; null 3 sha256 abababababababab" in text
+
+
+def test_a_source_of_one_run_alone_is_one_line_of_the_comparison(runs, copy):
+    source = {
+        "name": "b.csv",
+        "format": "text",
+        "weight": 0.5,
+        "counts": {"rows": 3},
+        "skipped_first": ["b.csv:2: null"],
+    }
+    edit(copy / "run.json", lambda facts: facts["data"]["train"]["sources"].append(source))
+    told = {name: (left, right) for name, left, right in differences(read_record(runs["one"]), read_record(copy))}
+    assert told == {"Training: b.csv": ("\N{EM DASH}", "format text, weight 0.5, rows 3, sha256 ")}
+    assert "Skipped, first ones b.csv:2: null" in read_page(write_report(copy)).text
+
+
+def test_a_mixture_is_told_by_what_is_set():
+    source = {"path": "a", "weight": 0.5, "format": None, "columns": {"text": "chosen"}}
+    other = {"path": "b", "weight": 1.0, "format": None, "columns": None}
+    assert units.listed([source, other, "c"]) == "a, weight: 0.5, columns: {text: chosen}\nb\nc"
 
 
 def test_an_unfinished_run_says_so(runs, capsys):

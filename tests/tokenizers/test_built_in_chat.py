@@ -7,7 +7,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
-from llmtune.tokenizers import load_chat_template, load_tokenizer
+from llmtune.tokenizers import load_chat_template, load_tokenizer, write_chat_template
 from llmtune.tokenizers.conversation import Message, ToolCall
 from tests.tokenizers.conversations import (
     MULTI,
@@ -247,3 +247,26 @@ def test_a_choice_that_does_not_fit_is_one_line(assets, tmp_path):
         with pytest.raises(LlmtuneConfigError, match=why) as caught:
             load_chat_template(directory, tokenizer, choice)
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("conversation", [*PLAIN.values(), *WITH_TOOLS])
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("name", LLAMA)
+def test_an_export_says_llamas_template_in_jinja_with_the_same_ids(
+    built, hugging_face, tmp_path, name, conversation, prompt
+):
+    template, tokenizer = built(name, "llama3/tokenizer.json")
+    write_chat_template(tmp_path, template)
+    said = load_chat_template(tmp_path, tokenizer)
+    assert said.name == "chat_template.jinja" and said.jinja == template.jinja
+    try:
+        own = template.encode(conversation, add_generation_prompt=prompt)
+    except LlmtuneDataError:
+        with pytest.raises(LlmtuneDataError):
+            said.encode(conversation, add_generation_prompt=prompt)
+        return
+    assert said.encode(conversation, add_generation_prompt=prompt) == own
+    messages, tools = for_transformers(conversation)
+    assert own.ids == hugging_face("llama3").apply_chat_template(
+        messages, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=False, chat_template=template.jinja
+    )  # fmt: skip

@@ -87,17 +87,20 @@ def test_no_control_token_comes_out_of_contents(assets, own, tmp_path, kind):
     known = set(tokenizer.controls.values())
     texts = contents(tokenizer, seed=KINDS[kind][0] + kind)
     tools = kind in ("llama3.1", "llama3.1, jinja", "mistral-v3", "mistral-tekken", "joined")
-    evil = [conversation(texts[i : i + 5], tools) for i in range(0, COUNT, 5)]
+    if (
+        kind == "transforming"
+    ):  # it refuses what spells control tokens; fragments, which it might put together, it takes
+        spelling = [text for text in texts if any(name in text for name in tokenizer.controls)]
+        assert all(
+            isinstance(one, LlmtuneDataError) for one in chat.encode_batch([said(("user", t)) for t in spelling])
+        )
+        texts = [text for text in texts if text not in spelling]
+    evil = [conversation(texts[i : i + 5], tools) for i in range(0, len(texts) - 4, 5)]
     expected = [i for i in chat.encode(conversation(["a"] * 5, tools)).ids if i in known]
-    refused = 0
     for rendered in chat.encode_batch(evil):
-        if isinstance(rendered, LlmtuneDataError):
-            refused += 1
-            continue
+        assert not isinstance(rendered, LlmtuneDataError), rendered
         assert [i for i in rendered.ids if i in known] == expected
         assert len(rendered.ids) == len(rendered.targets) and any(rendered.targets)
-    # a template that changes contents refuses what spells control tokens; every other one takes whatever comes
-    assert refused <= COUNT if kind == "transforming" else refused == 0
 
 
 def test_the_check_sees_a_template_without_the_separation(own):

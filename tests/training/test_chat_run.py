@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_twenty_chats_learned_by_heart_are_answered_and_stop(make_run, tmp_path,
     assert "data.train: messages (detected by messages), chat template" in said
     assert "first row, targets in [[ ]]: <s>Question: What did the fox find?\\nAnswer:[[ a " in said
     assert "warning" not in said
+    assert shlex.split(said.partition("try it: ")[2])[-4:] == [run.output, "--chat", "--prompt", asked[0]]
 
     data = load_data(run, open_source(run.model).config, open_source(run.model).directory)
     model = llmtune.load(tmp_path / "run")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import llmtune
 from llmtune.errors import LlmtuneError
-from llmtune.training import loop
+from llmtune.training import announcements
 from llmtune.training.display import Display
 from llmtune.training.files import write_whole
 from llmtune.training.metrics import MetricsFile
@@ -42,7 +42,7 @@ def test_the_last_line_is_a_command_that_a_shell_understands(stories, data, tmp_
     typed = out.getvalue().partition("try it: ")[2].strip()
     said = subprocess.run(["bash", "-c", f"printf '%s\\0' {typed}"], capture_output=True, text=True).stdout
     assert said.split("\0")[1:-1] == ["generate", str(tmp_path / "a run's"), "--prompt", PROMPT]
-    assert shlex.split(typed)[0] == loop.command()
+    assert shlex.split(typed)[0] == announcements.command()
 
 
 def test_the_command_is_one_that_the_shell_finds(monkeypatch, tmp_path):
@@ -51,11 +51,11 @@ def test_the_command_is_one_that_the_shell_finds(monkeypatch, tmp_path):
     own.touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(own.with_name("python")))
     monkeypatch.setenv("PATH", "/nowhere")
-    assert loop.command() == str(own)
+    assert announcements.command() == str(own)
     monkeypatch.chdir(tmp_path)
-    assert loop.command() == ".venv/bin/llmtune"
+    assert announcements.command() == ".venv/bin/llmtune"
     monkeypatch.setenv("PATH", str(own.parent))
-    assert loop.command() == "llmtune"
+    assert announcements.command() == "llmtune"
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun(stories, data, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluation.report import tables, units
+from llmtune.evaluation.report import data_tables, tables, units
 from llmtune.evaluation.report.curves import comparison_charts, run_charts
 from llmtune.evaluation.report.record import Record, read_record
 from llmtune.evaluation.report.verdict import compare, judge
@@ -44,8 +44,8 @@ def run_page(record: Record) -> str:
         tiles=tables.tiles(record),
         charts=run_charts(record),
         samples=_samples(record),
-        data_parts=tables.data_parts(record),
-        data_rows=tables.data_rows(record),
+        data_parts=data_tables.data_parts(record),
+        data_rows=data_tables.data_rows(record),
         sections=[
             ("Time and memory", tables.speed_rows(record)),
             ("Model", tables.model_rows(record)),

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from llmtune.config_file import flat
 from llmtune.evaluation.report import units
+from llmtune.evaluation.report.data_tables import data_facts
 from llmtune.evaluation.report.record import MOMENTS, Record
 from llmtune.evaluation.report.verdict import perplexity_bounds, progress
 
 Rows = list[tuple[str, str]]
 SETTLING = 3  # first steps that throughput leaves out: caches fill
-COUNTED = ("rows", "examples", "tokens", "targets", "split", "truncated", "dropped", "skipped")
-LOST = ("split", "truncated", "dropped", "skipped")
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,6 @@ class Tile:
     label: str
     value: str
     note: str
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """Training or validation data, or one source of them: counts by name, and hashes."""
-
-    name: str
-    counts: Rows
-    sha256: str
 
 
 def tiles(record: Record) -> list[Tile]:
@@ -121,6 +110,7 @@ def session_rows(record: Record) -> Rows:
 def model_rows(record: Record) -> Rows:
     """What was trained."""
     facts = record.facts.get("model", {})
+    added = [token for key in ("add_tokens", "add_special_tokens") for token in record.config["data"].get(key) or ()]
     rows = {"Model": record.config["model"], "Architecture": facts.get("architecture")}
     if facts:
         total, trained = facts["parameters"], facts["trainable_parameters"]
@@ -132,6 +122,7 @@ def model_rows(record: Record) -> Rows:
             "Hidden size": f"{facts['hidden_size']:,}",
             "Attention heads": f"{facts['heads']} ({facts['kv_heads']} key/value)",
             "Vocabulary": f"{facts['vocabulary']:,}",
+            "Tokens added to it": units.listed(added) if added else None,
         }
     return [(name, str(value)) for name, value in rows.items() if value is not None]
 
@@ -151,31 +142,9 @@ def environment_rows(record: Record) -> Rows:
     ]
 
 
-def data_parts(record: Record) -> list[DataPart]:
-    """Training and validation data, each followed by its sources where they are recorded one by one."""
-    facts, parts = record.facts.get("data", {}), []
-    for key, name in (("train", "Training"), ("validation", "Validation")):
-        part = facts.get(key)
-        if part is not None:
-            parts.append(DataPart(name, _counts(part["counts"]), part.get("tokens_sha256", "")))
-            parts += [
-                DataPart(str(source.get("name", "")), _counts(source.get("counts", source)), source.get("sha256", ""))
-                for source in part.get("sources", [])
-            ]
-    return parts
-
-
-def data_rows(record: Record) -> Rows:
-    """What is true of the data as a whole."""
-    facts, config = record.facts.get("data", {}), record.config["data"]
-    rows = [("Training files", _listed(config["train"])), ("Validation files", _listed(config.get("validation")))]
-    rows += [("As read", note) for note in facts.get("notes", [])]
-    return [*rows, ("sha256 of all files", facts["sha256"])] if "sha256" in facts else rows
-
-
 def config_rows(record: Record) -> Rows:
     """Every key, as resolved."""
-    return [(key, _listed(value)) for key, value in flat(record.config).items()]
+    return [(key, units.listed(value)) for key, value in flat(record.config).items()]
 
 
 def differences(one: Record, other: Record) -> list[tuple[str, str, str]]:
@@ -183,7 +152,7 @@ def differences(one: Record, other: Record) -> list[tuple[str, str, str]]:
     parts: list[Callable[[Record], Iterable[tuple[str, str]]]] = [
         config_rows,
         model_rows,
-        _data_facts,
+        data_facts,
         environment_rows,
     ]
     found = {}
@@ -193,39 +162,3 @@ def differences(one: Record, other: Record) -> list[tuple[str, str, str]]:
             if left.get(name) != right.get(name) and name not in ("output", "Model"):
                 found[name] = (left.get(name, "\N{EM DASH}"), right.get(name, "\N{EM DASH}"))
     return [(name, *pair) for name, pair in found.items()]
-
-
-def _data_facts(record: Record) -> Rows:
-    rows = [(f"{part.name}: {name}", value) for part in data_parts(record) for name, value in part.counts]
-    rows += [(f"{part.name}: sha256", part.sha256[:16]) for part in data_parts(record)]
-    return [*rows, ("sha256 of all files", record.facts.get("data", {}).get("sha256", "")[:16])]
-
-
-def _counts(counts: dict[str, Any]) -> Rows:
-    """Counts in a fixed order, then any others; losses with their share of the rows, and reasons where they are given."""
-    rows, whole = [], counts.get("rows") or 0
-    for name in [*COUNTED, *(key for key in counts if key not in COUNTED)]:
-        value = counts.get(name)
-        reasons = ""
-        if isinstance(value, dict):
-            reasons = "; ".join(f"{reason} {number:,}" for reason, number in value.items())
-            value = sum(value.values())
-        if not isinstance(value, int) or (name in LOST and not value and name != "dropped" and name != "truncated"):
-            continue
-        text = f"{value:,}"
-        text += f" ({units.share(value, whole)})" if name in LOST and value else ""
-        rows.append((name, f"{text} {reasons}".rstrip()))
-    return rows
-
-
-def _listed(value: Any) -> str:
-    match value:
-        case None:
-            return "none"
-        case bool():
-            return str(value).lower()
-        case list():
-            return "\n".join(map(str, value)) if value else "none"
-        case dict():
-            return ", ".join(f"{key}: {own}" for key, own in value.items()) or "none"
-    return str(value)

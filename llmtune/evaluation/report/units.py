@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 MINUS, GLUE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 CONFIDENCE = f"95{GLUE}%{GLUE}CI"
@@ -73,3 +74,22 @@ def parameters(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:.0f}"
+
+
+def listed(value: Any) -> str:
+    """A value of the configuration: `none`, `true`, the items of a list on lines of their own, what is set of a section."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case list():
+            return "\n".join(map(listed, value)) if value else "none"
+        case dict():
+            given = {key: own for key, own in value.items() if own is not None and (key, own) != ("weight", 1)}
+            path = given.pop("path", None)
+            told = [
+                f"{key}: {{{listed(own)}}}" if isinstance(own, dict) else f"{key}: {own}" for key, own in given.items()
+            ]
+            return ", ".join([*([] if path is None else [str(path)]), *told]) or "none"
+    return str(value)

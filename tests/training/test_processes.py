@@ -1,0 +1,82 @@
+"""Runs of several processes: one curve, one directory, written by the first."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import llmtune
+from llmtune.training import tracking
+from llmtune.training.processes import own_rows, written_once
+from llmtune.training.run_directory import RunDirectory
+from tests.runs import read_curve, run_config
+
+PROCESS = """
+import sys, jax, llmtune
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+llmtune.train(llmtune.load_run(sys.argv[3]))
+"""
+
+
+def be(monkeypatch, index, count=2):
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+
+
+def test_processes_share_the_rows_of_a_batch(monkeypatch):
+    shares = []
+    for index in range(2):
+        be(monkeypatch, index)
+        shares += range(6)[own_rows(6)]
+    assert shares == list(range(6))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_first_process_alone_writes(monkeypatch, tmp_path, index):
+    be(monkeypatch, index)
+    with tracking.open_trackers(RunDirectory(tmp_path), after=0) as tracker:
+        tracker.log({"step": 1, "loss": 2.0})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ([] if index else ["metrics.jsonl", "tensorboard"])
+    with written_once(tmp_path / "export") as export:
+        export.mkdir(exist_ok=True)
+    assert export.exists() == (index == 0)
+
+
+@pytest.mark.nightly
+def test_two_processes_train_evaluate_and_export_like_one(starter, tmp_path):
+    rows = starter / "instructions_validation.jsonl"
+    sections = {
+        "data": {"train": str(rows), "validation": str(rows), "sequence_length": 128},
+        "adapt": {"rank": 2}, "train": {"steps": 3, "batch_size": 4, "dtype": "float32"}, "evaluate": {"every": 2},
+    }  # fmt: skip
+    one = run_config(tmp_path, starter, rows, name="one", **sections)
+    llmtune.train(one, devices=jax.devices()[:1])
+    run_config(tmp_path, starter, rows, name="two", **sections)
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(index), str(tmp_path / "two.yaml")],
+            env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "report: " in said[0] and "report: " not in said[1]
+
+    np.testing.assert_allclose(read_curve(tmp_path / "two")[0], read_curve(tmp_path / "one")[0], rtol=1e-5)
+    before, after = (json.loads((tmp_path / name / "evaluation.json").read_text())["after"] for name in ("one", "two"))
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-5) and after["tokens"] == before["tokens"]
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, shared = (load_file(tmp_path / name / "export" / file) for name in ("one", "two"))
+        assert whole.keys() == shared.keys()
+        for name in whole:
+            np.testing.assert_allclose(shared[name], whole[name], atol=2e-5, err_msg=name)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmtune.errors import LlmtuneConfigError
 from llmtune.generation.cache import Cache, attend_and_fill, attend_to_cache, empty_cache
@@ -165,7 +165,7 @@ def _compiled(
                 return (count < SLICE) & ~state.done.all()
 
             _, state, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, tokens))
-            return state, tokens
+            return state, jax.sharding.reshard(tokens, PartitionSpec())  # every process reads all of them
 
     read_prompts = jax.jit(prefill)
 

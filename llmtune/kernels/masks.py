@@ -12,10 +12,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Mask:
-    """causal: token i sees j <= i; window w: only j > i - w (Mistral's sliding_window)."""
+    """causal: token i sees j <= i; window w: only j > i - w (Mistral's sliding_window).
+
+    packed: a row may hold several documents, or padding anywhere. False is the caller's promise that each row is one
+    document from its first token on, padding after it: kernels that take a length per row may then serve.
+    """
 
     causal: bool = True
     window: int | None = None
+    packed: bool = True
 
 
 def visible(

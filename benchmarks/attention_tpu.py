@@ -20,7 +20,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmtune.kernels import Mask, attention
+from llmtune.models.decoder import Remat
 from llmtune.sharding import make_mesh
+from llmtune.training.remat import POLICIES
 
 CASES = {  # tokens, heads, key heads, head size, window
     "Llama 3.1 8B": (8192, 32, 8, 128, None),
@@ -34,11 +36,28 @@ CASES = {  # tokens, heads, key heads, head size, window
 }
 
 
-def compiled(mesh: Mesh, seq: int, heads: int, kv_heads: int, size: int, window: int | None) -> jax.stages.Compiled:
-    """The gradient's program for bfloat16 rows, as `attention` chooses for the platform of the mesh."""
+def compiled(
+    mesh: Mesh,
+    seq: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+    *,
+    layers: int = 1,
+    remat: Remat = lambda block: block,
+) -> jax.stages.Compiled:
+    """The gradient's program for bfloat16 rows, as `attention` chooses for the platform of the mesh.
+
+    Layers are scanned, as in a model; each attends with the result of the one before as its queries.
+    """
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        out = attention(q, k, v, mask=Mask(window=window), segments=segments, scale=size**-0.5)
+        @remat
+        def attend(q: jax.Array) -> jax.Array:
+            return attention(q, k, v, mask=Mask(window=window), segments=segments, scale=size**-0.5)
+
+        out, _ = jax.lax.scan(lambda q, _: (attend(q), None), q, None, length=layers)
         return out.astype(jnp.float32).sum()
 
     def heads_of(count: int) -> jax.ShapeDtypeStruct:
@@ -51,6 +70,11 @@ def compiled(mesh: Mesh, seq: int, heads: int, kv_heads: int, size: int, window:
         return run.lower(heads_of(heads), heads_of(kv_heads), heads_of(kv_heads), segments).compile()
 
 
+def kernels_in(program: jax.stages.Compiled) -> int:
+    """How many Pallas kernels the program runs."""
+    return program.as_text().count('custom_call_target="tpu_custom_call"')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2", help="four chips")
@@ -61,7 +85,7 @@ def main() -> None:
     for name, case in CASES.items():
         start = time.perf_counter()
         program = compiled(mesh, *case)
-        kernels = program.as_text().count('custom_call_target="tpu_custom_call"')
+        kernels = kernels_in(program)
         seq, heads, kv_heads, size, window = case
         held = program.memory_analysis()
         scores = 2 * heads // 2 * seq * seq * 4
@@ -71,6 +95,9 @@ def main() -> None:
             f"compiled in {time.perf_counter() - start:.1f} s",
             flush=True,
         )
+    for remat in ("none", "block"):
+        kernels = kernels_in(compiled(mesh, *CASES["Mixtral 8x7B"], layers=2, remat=POLICIES[remat]))
+        print(f"two layers under train.remat {remat}: {kernels} kernels", flush=True)
 
 
 if __name__ == "__main__":

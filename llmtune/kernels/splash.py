@@ -9,7 +9,7 @@ kernels of their own, one for queries and one for keys and values: the fused one
 block of keys. Products are of 16-bit numbers; float32 rows take the reference, whose products are exact on every platform.
 """
 
-import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,14 @@ def splash_attention(
     block = next(width for width in range(WIDEST, 0, -LANES) if padded % width == 0)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([_mask(mask, padded)] * heads),
-        block_sizes=splash.BlockSizes(*itertools.repeat(block, 8)),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attention",
@@ -57,8 +64,8 @@ def splash_attention(
 
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     rows = (pad(x).swapaxes(1, 2) for x in (scaled, k, v))
-    out = jax.vmap(kernel)(*rows, splash.SegmentIds(pad(segments), pad(segments))).swapaxes(1, 2)[:, :seq]
-    return jnp.where(segments[:, :, None, None] > 0, out, 0)
+    out: Any = jax.vmap(kernel)(*rows, splash.SegmentIds(pad(segments), pad(segments)))
+    return jnp.where(segments[:, :, None, None] > 0, out.swapaxes(1, 2)[:, :seq], 0)
 
 
 def _mask(mask: Mask, seq: int):

@@ -23,7 +23,7 @@ FORMS = {
     "blocks": functools.partial(blocked_attention, block=64),
     "splash": functools.partial(splash_attention, interpret=True),  # the kernel of TPUs in Pallas's interpreter
 }
-BY_DAY = ("grouped, odd length", "window over blocks")  # of the interpreter, which is slow
+BY_DAY = ("grouped, odd length", "window over blocks of a TPU")  # of the interpreter, which is slow
 CASES = {  # batch, seq, heads, kv heads, head size, window
     "plain": (2, 128, 4, 4, 16, None),
     "grouped, odd length": (1, 333, 6, 2, 20, None),
@@ -31,6 +31,8 @@ CASES = {  # batch, seq, heads, kv heads, head size, window
     "window inside a block": (1, 300, 4, 2, 16, 17),
     "window over blocks": (1, 450, 4, 2, 16, 130),
     "window of a whole block": (1, 257, 2, 2, 16, 64),
+    "five blocks of a TPU": (1, 600, 4, 2, 16, None),
+    "window over blocks of a TPU": (1, 600, 2, 1, 16, 200),
 }
 
 

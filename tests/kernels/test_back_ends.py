@@ -128,6 +128,14 @@ def test_what_is_told_to_cudnn_means_the_same(monkeypatch, window):
         np.testing.assert_allclose(gradient[:3], right[:3], atol=1e-4)
 
 
+def test_splash_visits_no_block_outside_the_window():
+    """Sixteen blocks of 512 in a row: with a window of 1,024 three of them for each block of queries."""
+    x, segments = jax.ShapeDtypeStruct((1, 8192, 2, 16), jnp.bfloat16), jnp.ones((1, 8192), jnp.int32)
+    for mask, width in ((Mask(), 16), (Mask(window=1024), 3)):
+        attend = functools.partial(splash_attention, segments=segments, mask=mask, scale=1.0)
+        assert f"grid=(2, 16, {width})" in str(jax.make_jaxpr(attend)(x, x, x))
+
+
 @pytest.mark.parametrize(("remat", "kept"), [("none", 1), ("block", 0)])
 def test_what_splash_leaves_for_the_backward_pass_has_a_name(capsys, remat, kept):
     """Under `remat: none` its result and log-sum-exp are kept; benchmarks/attention_tpu.py counts the kernels."""

@@ -138,7 +138,7 @@ def test_splash_visits_no_block_outside_the_window():
 
 @pytest.mark.parametrize(("remat", "kept"), [("none", 1), ("block", 0)])
 def test_what_splash_leaves_for_the_backward_pass_has_a_name(capsys, remat, kept):
-    """Under `remat: none` its result and log-sum-exp are kept; benchmarks/attention_tpu.py counts the kernels."""
+    """Under `remat: none` its result and log-sum-exp are kept; benchmarks/attention_ahead.py counts the kernels."""
     x, segments = jnp.ones((1, 128, 2, 16), jnp.bfloat16), jnp.ones((1, 128), jnp.int32)
     attend = POLICIES[remat](lambda x: splash_attention(x * 2, x, x, segments, mask=Mask(), scale=0.25))
     jax.ad_checkpoint.print_saved_residuals(attend, x)
@@ -152,7 +152,7 @@ def test_compiled_for_tpus():
     """Forward and backward for an absent v5e: the Pallas kernels are there, and nothing of [seq, seq]."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.attention_tpu"], cwd=root, env={**os.environ, "XLA_FLAGS": ""},
+        [sys.executable, "-m", "benchmarks.attention_ahead"], cwd=root, env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.count(" 3 kernels") == 9 and done.stdout.count(" 4 kernels") == 1

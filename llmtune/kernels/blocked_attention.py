@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llmtune.kernels.masks import Mask, visible, visible_blocks
+from llmtune.kernels.masks import Mask, tied, visible, visible_blocks
 
 HIDDEN = -1e30
 Blocks = jax.Array  # [blocks, batch, kv_heads, groups, block, size], or without groups for keys and values
@@ -58,7 +58,7 @@ def _forward(q, k, v, segments, mask, scale):
     def step(carry, pair):
         out, peak, total = carry
         i, j = pair
-        scores, seen = _scores(q, k, segments, i, j, mask, scale)
+        scores, seen = _scores(q, k, documents, i, j, mask, scale)
         new_peak = jnp.maximum(peak[i], scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
         shrink = jnp.exp(peak[i] - new_peak)
@@ -67,7 +67,7 @@ def _forward(q, k, v, segments, mask, scale):
         total = total.at[i].set(total[i] * shrink + weights.sum(-1))
         return (out, peak.at[i].set(new_peak), total), None
 
-    pairs = visible_blocks(mask, blocks * block, blocks * block, block)
+    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, blocks * block, block)), q)
     (out, peak, total), _ = jax.lax.scan(step, (out, peak, total), tuple(pairs.T))
     empty = total == 0.0
     out = checkpoint_name((out / jnp.where(empty, 1.0, total)[..., None]).astype(q.dtype), "attention")
@@ -85,7 +85,7 @@ def _backward(mask, scale, saved, gradient):
     def step(carry, pair):
         dq, dk, dv = carry
         i, j = pair
-        scores, seen = _scores(q, k, segments, i, j, mask, scale)
+        scores, seen = _scores(q, k, documents, i, j, mask, scale)
         weights = jnp.where(seen, jnp.exp(scores - log_sum[i][..., None]), 0.0)
         dweights = _dot("bkgsd,bktd->bkgst", gradient[i], v[j])
         dscores = weights * (dweights - shared[i][..., None]) * scale
@@ -95,7 +95,7 @@ def _backward(mask, scale, saved, gradient):
         dv = dv.at[j].add(_dot("bkgst,bkgsd->bktd", weights.astype(v.dtype), gradient[i]))
         return (dq, dk, dv), None
 
-    pairs = visible_blocks(mask, blocks * block, blocks * block, block)
+    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, blocks * block, block)), q)
     (dq, dk, dv), _ = jax.lax.scan(step, zeros, tuple(pairs.T))
     none = np.zeros(segments.shape, jax.dtypes.float0)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none

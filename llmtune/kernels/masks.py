@@ -5,6 +5,7 @@ it). Every back end follows `visible`; tests hold them against it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,15 @@ def visible(
     if mask.window is not None:
         seen &= ahead < mask.window
     return seen
+
+
+def tied(masking: Any, to: jax.Array) -> Any:
+    """The arrays that a mask is formed from, as if they came out of `to`.
+
+    In a scan over layers JAX computes once, before the scan, all that does not depend on the layer, and keeps it: that would be
+    the mask of every head and every block, the [seq, seq] that the blocks are there to avoid.
+    """
+    return jax.lax.optimization_barrier((masking, to[(0,) * to.ndim]))[0]
 
 
 def visible_blocks(mask: Mask, q_length: int, kv_length: int, block: int) -> np.ndarray:

@@ -118,7 +118,7 @@ def attend_and_fill(segment_ids: jax.Array) -> Attend:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: Cache) -> tuple[jax.Array, Cache]:
         mask = Mask(causal=True, window=layer.window)
-        out = attention(q, k, v, mask=mask, q_segments=segment_ids, kv_segments=segment_ids, scale=q.shape[-1] ** -0.5)
+        out = attention(q, k, v, mask=mask, segments=segment_ids, scale=q.shape[-1] ** -0.5)
         held = cache.held(layer)
         return out, cache.write(layer, _last(k, held), _last(v, held), 0)
 

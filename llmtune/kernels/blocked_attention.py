@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from llmtune.kernels.masks import Mask, visible, visible_blocks
+from llmtune.kernels.masks import Mask, tied, visible, visible_blocks
 
 HIDDEN = -1e30
 Blocks = jax.Array  # [blocks, batch, kv_heads, groups, block, size], or without groups for keys and values
@@ -22,8 +23,7 @@ def blocked_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
+    segments: jax.Array,
     *,
     mask: Mask,
     scale: float,
@@ -39,13 +39,13 @@ def blocked_attention(
 
     q_blocks = pad(q).reshape(batch, -1, block, kv_heads, heads // kv_heads, size).transpose(1, 0, 3, 4, 2, 5)
     k_blocks, v_blocks = (pad(x).reshape(batch, -1, block, kv_heads, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
-    segments = tuple(pad(s).reshape(batch, -1, block).swapaxes(0, 1) for s in (q_segments, kv_segments))
-    out: Any = _attend(q_blocks, k_blocks, v_blocks, segments, mask, scale)
+    segment_blocks = pad(segments).reshape(batch, -1, block).swapaxes(0, 1)
+    out: Any = _attend(q_blocks, k_blocks, v_blocks, segment_blocks, mask, scale)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, padded, heads, size)[:, :seq]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Blocks, k: Blocks, v: Blocks, segments: tuple[jax.Array, jax.Array], mask: Mask, scale: float) -> Blocks:
+def _attend(q: Blocks, k: Blocks, v: Blocks, segments: jax.Array, mask: Mask, scale: float) -> Blocks:
     return _forward(q, k, v, segments, mask, scale)[0]
 
 
@@ -58,7 +58,7 @@ def _forward(q, k, v, segments, mask, scale):
     def step(carry, pair):
         out, peak, total = carry
         i, j = pair
-        scores, seen = _scores(q, k, segments, i, j, mask, scale)
+        scores, seen = _scores(q, k, documents, i, j, mask, scale)
         new_peak = jnp.maximum(peak[i], scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
         shrink = jnp.exp(peak[i] - new_peak)
@@ -67,11 +67,12 @@ def _forward(q, k, v, segments, mask, scale):
         total = total.at[i].set(total[i] * shrink + weights.sum(-1))
         return (out, peak.at[i].set(new_peak), total), None
 
-    pairs = visible_blocks(mask, blocks * block, blocks * block, block)
+    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, blocks * block, block)), q)
     (out, peak, total), _ = jax.lax.scan(step, (out, peak, total), tuple(pairs.T))
     empty = total == 0.0
-    out = (out / jnp.where(empty, 1.0, total)[..., None]).astype(q.dtype)
+    out = checkpoint_name((out / jnp.where(empty, 1.0, total)[..., None]).astype(q.dtype), "attention")
     log_sum = jnp.where(empty, 0.0, peak + jnp.log(jnp.where(empty, 1.0, total)))
+    log_sum = checkpoint_name(log_sum, "attention_log_sum")
     return out, (q, k, v, segments, out, log_sum)
 
 
@@ -84,7 +85,7 @@ def _backward(mask, scale, saved, gradient):
     def step(carry, pair):
         dq, dk, dv = carry
         i, j = pair
-        scores, seen = _scores(q, k, segments, i, j, mask, scale)
+        scores, seen = _scores(q, k, documents, i, j, mask, scale)
         weights = jnp.where(seen, jnp.exp(scores - log_sum[i][..., None]), 0.0)
         dweights = _dot("bkgsd,bktd->bkgst", gradient[i], v[j])
         dscores = weights * (dweights - shared[i][..., None]) * scale
@@ -94,9 +95,9 @@ def _backward(mask, scale, saved, gradient):
         dv = dv.at[j].add(_dot("bkgst,bkgsd->bktd", weights.astype(v.dtype), gradient[i]))
         return (dq, dk, dv), None
 
-    pairs = visible_blocks(mask, blocks * block, blocks * block, block)
+    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, blocks * block, block)), q)
     (dq, dk, dv), _ = jax.lax.scan(step, zeros, tuple(pairs.T))
-    none = tuple(np.zeros(s.shape, jax.dtypes.float0) for s in segments)
+    none = np.zeros(segments.shape, jax.dtypes.float0)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none
 
 
@@ -108,7 +109,7 @@ def _scores(q, k, segments, i, j, mask, scale):
     block = q.shape[-2]
     scores = _dot("bkgsd,bktd->bkgst", q[i], k[j]) * scale
     index = jnp.arange(block)
-    seen = visible(mask, i * block + index, j * block + index, segments[0][i], segments[1][j])[:, None, None]
+    seen = visible(mask, i * block + index, j * block + index, segments[i], segments[j])[:, None, None]
     return jnp.where(seen, scores, HIDDEN), seen
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmtune.kernels.platform import platform
+
 TILE = 128  # rows of a TPU tile; its other sides grow with the matrices
 LARGEST_TILE = 512
 
@@ -40,10 +42,8 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def _kernels() -> tuple[Callable, Callable]:
-    """(rows, matrices): those of the platform that the mesh's devices are of."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.default_backend() if device is None else device.device_kind
-    return (_rows_tpu, _matrices_tpu) if kind.lower().startswith("tpu") else (_rows, _matrices)
+    """(rows, matrices): those of the platform."""
+    return (_rows_tpu, _matrices_tpu) if platform() == "tpu" else (_rows, _matrices)
 
 
 def _rows(x, w, sizes):

@@ -5,6 +5,7 @@ it). Every back end follows `visible`; tests hold them against it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,10 +13,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Mask:
-    """causal: token i sees j <= i; window w: only j > i - w (Mistral's sliding_window)."""
+    """causal: token i sees j <= i; window w: only j > i - w (Mistral's sliding_window).
+
+    packed: a row may hold several documents, or padding anywhere. False is the caller's promise that each row is one
+    document from its first token on, padding after it: kernels that take a length per row may then serve.
+    """
 
     causal: bool = True
     window: int | None = None
+    packed: bool = True
 
 
 def visible(
@@ -29,6 +35,15 @@ def visible(
     if mask.window is not None:
         seen &= ahead < mask.window
     return seen
+
+
+def tied(masking: Any, to: jax.Array) -> Any:
+    """The arrays that a mask is formed from, as if they came out of `to`.
+
+    In a scan over layers JAX computes once, before the scan, all that does not depend on the layer, and keeps it: that would be
+    the mask of every head and every block, the [seq, seq] that the blocks are there to avoid.
+    """
+    return jax.lax.optimization_barrier((masking, to[(0,) * to.ndim]))[0]
 
 
 def visible_blocks(mask: Mask, q_length: int, kv_length: int, block: int) -> np.ndarray:

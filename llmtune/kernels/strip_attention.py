@@ -27,8 +27,7 @@ def strip_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
+    segments: jax.Array,
     *,
     mask: Mask,
     scale: float,
@@ -37,7 +36,7 @@ def strip_attention(
     batch, seq, heads, size = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
-    out: Any = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), (q_segments, kv_segments), mask, scale)
+    out: Any = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, mask, scale)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
 
 
@@ -52,9 +51,7 @@ def strips(mask: Mask, seq: int) -> Iterator[tuple[slice, slice]]:
 
 # q [batch, kv_heads, groups, seq, size], k and v [batch, kv_heads, seq, size]
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array], mask: Mask, scale: float
-) -> jax.Array:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask, scale: float) -> jax.Array:
     return _forward(q, k, v, segments, mask, scale)[0]
 
 
@@ -88,7 +85,7 @@ def _backward(mask, scale, saved, gradient):
         dq.append(_dot("bkrt,bktd->bkrd", dscores, k[:, :, keys]).reshape(*scores.shape[:4], -1))
         dk = dk.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", dscores, queries))
         dv = dv.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", _flat(weights).astype(v.dtype), above))
-    none = tuple(np.zeros(s.shape, jax.dtypes.float0) for s in segments)
+    none = np.zeros(segments.shape, jax.dtypes.float0)
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none
 
 
@@ -99,7 +96,7 @@ def _scores(q, k, segments, rows: slice, keys: slice, mask: Mask, scale: float) 
     """float32 [batch, kv_heads, groups, rows, keys], HIDDEN where the mask hides."""
     queries, index = q[:, :, :, rows], jnp.arange(q.shape[3])
     scores = _dot("bkrd,bktd->bkrt", _flat(queries), k[:, :, keys]).reshape(*queries.shape[:4], -1) * scale
-    seen = visible(mask, index[rows], index[keys], segments[0][:, rows], segments[1][:, keys])
+    seen = visible(mask, index[rows], index[keys], segments[:, rows], segments[:, keys])
     return jnp.where(seen[:, None, None], scores, HIDDEN)
 
 

@@ -30,13 +30,17 @@ Aux = dict[
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """`dtype`: of activations and matmuls; `head_chunk`: tokens of a row whose logits are held at a time."""
+    """`dtype`: of activations and matmuls; `head_chunk`: tokens of a row whose logits are held at a time.
+
+    `packed`: False promises that each row is one document followed by padding (`kernels.Mask`).
+    """
 
     graphdef: Any
     params: Params
     dtype: Any = jnp.float32
     remat: Remat = lambda block: block
     head_chunk: int = 512
+    packed: bool = True
     reference: "LanguageModel | None" = None
 
     def decoder(self) -> Decoder:
@@ -49,7 +53,7 @@ class LanguageModel:
         """Hidden states after the last norm. `key` is for dropout, where a weight has any."""
         del key
         decoder, counted = self.decoder(), (segment_ids > 0).astype(jnp.float32)
-        attend = attend_within_row(segment_ids)
+        attend = attend_within_row(segment_ids, self.packed)
         hidden, _, sums = decoder.hidden(tokens, positions, attend, counted=counted, dtype=self.dtype, remat=self.remat)
         experts = decoder.config.experts
         return hidden, {} if experts is None else routing_losses(sums, experts)
@@ -73,11 +77,11 @@ class LanguageModel:
         return linear(hidden, self.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
 
 
-def attend_within_row(segment_ids: jax.Array) -> Attend:
+def attend_within_row(segment_ids: jax.Array, packed: bool = True) -> Attend:
     """Causal attention over whole rows, each token within its own document and its layer's window."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: Any) -> tuple[jax.Array, Any]:
-        scale, mask = q.shape[-1] ** -0.5, Mask(causal=True, window=layer.window)
-        return attention(q, k, v, mask=mask, q_segments=segment_ids, kv_segments=segment_ids, scale=scale), cache
+        scale, mask = q.shape[-1] ** -0.5, Mask(causal=True, window=layer.window, packed=packed)
+        return attention(q, k, v, mask=mask, segments=segment_ids, scale=scale), cache
 
     return attend

@@ -84,13 +84,14 @@ def build_program(
         remat=POLICIES[run.train.remat],
         head_chunk=HEAD_CHUNK.get(mesh.devices.flat[0].platform, 512),
     )
+    training = functools.partial(bind, packed=run.data.packing)  # held-out rows are packed in any run
     objective = OBJECTIVES[run.objective]
     program = Program(
         mesh,
         strategy,
         bind,
         weights.frozen,
-        make_train_step(bind, objective, optimizer, schedule, strategy, run.train.microbatches),
+        make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         multiple,
         weights.whole,

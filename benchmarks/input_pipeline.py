@@ -2,8 +2,8 @@
 
     python -m benchmarks.input_pipeline --rows gsm8k_train.jsonl --tokenizer path/to/llama3
 
-A measurement begins with a jsonl file of {"question", "answer"} or {"prompt", "completion"} rows and ends with packed rows of
-`length` tokens in memory: ids, labels (completion only), segment ids and positions. The peer is what TRL does for the same:
+A measurement begins with a tokenizer.json and a jsonl file of {"question", "answer"} rows and ends with packed rows of `length`
+tokens in memory: ids, labels (completion only), segment ids and positions. The peer is what TRL does for the same:
 `datasets.map(batched=True)` over a tokenizers tokenizer, best-fit-decreasing packing, and the same four columns. Both sides
 read each row once; caches are off.
 """
@@ -57,11 +57,10 @@ def prepare_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[],
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    tokenizer = Tokenizer.from_file(str(Path(settings["tokenizer"]) / "tokenizer.json"))
     bos, eos, length = settings["bos"], settings["eos"], settings["length"]
     facts: dict[str, Any] = {}
 
-    def tokenise(batch: dict[str, list]) -> dict[str, list]:
+    def tokenise(batch: dict[str, list], tokenizer: Tokenizer) -> dict[str, list]:
         prompts = tokenizer.encode_batch_fast(batch[COLUMNS["prompt"]], add_special_tokens=False)
         completions = tokenizer.encode_batch_fast(batch[COLUMNS["completion"]], add_special_tokens=False)
         ids, labels = [], []
@@ -98,10 +97,12 @@ def prepare_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[],
 
     def work() -> float:
         start = time.perf_counter()
+        tokenizer = Tokenizer.from_file(str(Path(settings["tokenizer"]) / "tokenizer.json"))
         with tempfile.TemporaryDirectory() as cache:
             rows = datasets.load_dataset("json", data_files=settings["rows"], split="train", cache_dir=cache)
             assert isinstance(rows, datasets.Dataset)
-            tokens = rows.map(tokenise, batched=True, remove_columns=rows.column_names)
+            columns = rows.column_names
+            tokens = rows.map(tokenise, batched=True, remove_columns=columns, fn_kwargs={"tokenizer": tokenizer})
             packed = tokens.map(pack, batched=True, batch_size=None).with_format("numpy")
             count = 0
             for batch in packed.iter(batch_size=8):

@@ -49,6 +49,8 @@ NONE_ADDED = AddedTokens()
 
 def add_tokens(reader: tokenizers.Tokenizer, added: AddedTokens) -> None:
     """Put them into a tokenizer; refuses one that it has already, or that it would give no new id."""
+    if not added:
+        return
     known = reader.get_added_tokens_decoder()
     following = max(reader.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     for key, token in added.entries():

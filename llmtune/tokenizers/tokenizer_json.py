@@ -1,7 +1,8 @@
 """`tokenizer.json`, read by the tokenizers library."""
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -17,15 +18,20 @@ from llmtune.tokenizers.settings import ending_ids, read_settings
 @final
 @dataclass(frozen=True)
 class TokenizerJson:
-    """Two copies of the same tokenizer: one that parses control tokens out of text, one that never does."""
+    """Two copies of one tokenizer: `plain` never parses control tokens out of text, `special` (read when first needed) does."""
 
     plain: tokenizers.Tokenizer
-    special: tokenizers.Tokenizer
+    read_special: Callable[[], tokenizers.Tokenizer]
     controls: dict[str, int]
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
     add_bos: bool
+
+    @functools.cached_property
+    def special(self) -> tokenizers.Tokenizer:
+        """The copy that parses control tokens; a large vocabulary takes a third of a second to read."""
+        return self.read_special()
 
     def encode(self, text: str, *, bos: bool = True, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -54,28 +60,32 @@ class TokenizerJson:
 def read_tokenizer_json(directory: Path, added: AddedTokens = NONE_ADDED) -> TokenizerJson:
     """The tokenizer of a directory that has a tokenizer.json, with a run's own tokens added."""
     path = directory / "tokenizer.json"
-    try:
-        plain, special = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare exceptions of many kinds
-        raise LlmtuneFormatError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
-    plain.encode_special_tokens = True
-    for reader in (plain, special):
-        reader.no_truncation()
-        reader.no_padding()
-        add_tokens(reader, added)
+    plain = _read(path, added, encode_special_tokens=True)
+    content = json.loads(path.read_text(encoding="utf-8"))
     settings = read_settings(directory)
     bos_id = plain.token_to_id(settings.bos) if settings.bos is not None else settings.bos_id
     ids = plain.get_vocab(with_added_tokens=True).values()
     return TokenizerJson(
         plain,
-        special,
+        functools.partial(_read, path, added, encode_special_tokens=False),
         {token.content: index for index, token in plain.get_added_tokens_decoder().items() if token.special},
         vocab_size=max(ids, default=-1) + 1,
         bos_id=bos_id,
         eos_ids=ending_ids(settings, plain.token_to_id, None),
         add_bos=_adds_bos(content, settings.bos) if settings.add_bos is None else bool(settings.add_bos),
     )
+
+
+def _read(path: Path, added: AddedTokens, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
+    try:
+        reader = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions of many kinds
+        raise LlmtuneFormatError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
+    reader.encode_special_tokens = encode_special_tokens
+    reader.no_truncation()
+    reader.no_padding()
+    add_tokens(reader, added)
+    return reader
 
 
 def _adds_bos(content: dict, bos: str | None) -> bool:

@@ -2,7 +2,7 @@
 
     grammar --seed--> stories, instructions --> tokenizer --> llmtune train (starter_pretrain.yaml) --> llmtune/starter
 
-The same machine gives the same bytes; another one the same loss to about 1 %.
+The same machine and versions give the same bytes; others the same loss to 1 %.
 """
 
 import json

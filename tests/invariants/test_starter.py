@@ -1,4 +1,4 @@
-"""The starter model's files are those that its scripts make; `make starter` makes the weights too, in a quarter of an hour."""
+"""The starter model's files are those that its scripts make; `make starter` makes the weights too, in some minutes."""
 
 from starter.grammar import instruction
 from starter.make import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, distinct, write_jsonl

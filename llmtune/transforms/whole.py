@@ -16,11 +16,10 @@ import jax
 import numpy as np
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
-from llmtune.transforms.select import NAMED_RULES, weights_by_path
+from llmtune.transforms.select import EMBEDDING, HEAD, NAMED_RULES, weights_by_path
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import ArraySpec, is_operator, path_name
 
-EMBEDDING, HEAD = "embed/table", "head/kernel"
 MODULES = {  # names that peft users know, as peft matches them: by the end of a module's name
     "embed_tokens": f"^{EMBEDDING}$",
     "lm_head": f"^{HEAD}$",

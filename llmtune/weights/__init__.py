@@ -1,18 +1,26 @@
 """Weights: arrays or operators, and the four doors through which models touch them. Stands on `sharding` only."""
 
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
+from llmtune.weights.dora import DoRA, measured
+from llmtune.weights.dropout import with_dropout_keys
+from llmtune.weights.ia3 import IA3
+from llmtune.weights.layers import join_shared, layer, map_stacked, split_shared
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
 from llmtune.weights.operator import Operator, is_operator, map_fields
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
+from llmtune.weights.vera import VeRA
 
 __all__ = [
+    "IA3",
     "ArraySpec",
+    "DoRA",
     "Initializer",
     "LoRA",
     "Operator",
     "Tied",
+    "VeRA",
     "Weight",
     "add_bias",
     "constant",
@@ -21,12 +29,18 @@ __all__ = [
     "expert_linear",
     "head_loss",
     "is_operator",
+    "join_shared",
+    "layer",
     "linear",
     "map_fields",
+    "map_stacked",
     "materialize",
+    "measured",
     "normal",
     "path_name",
     "shardings",
+    "split_shared",
     "unembed",
     "uniform",
+    "with_dropout_keys",
 ]

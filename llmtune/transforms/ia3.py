@@ -61,7 +61,7 @@ def ia3_from(gains: Mapping[str, Gains]) -> Transform:
             additions[path] = {name: ArraySpec(s.shape, s.axes, init=getattr(given, name)) for name, s in specs.items()}
         return additions
 
-    sides = {path: given.side for path, given in gains.items()}
+    sides: dict[str, Side] = {path: given.side for path, given in gains.items()}
     return Transform(init, lambda params, additions: _wrap(params, additions, sides))
 
 

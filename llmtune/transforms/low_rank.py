@@ -58,7 +58,7 @@ def plan(declared: Params, choice: LowRank) -> dict[str, Plan]:
     return plans
 
 
-def declare_factors(path: str, base: Any, rank: int, scale: float | np.ndarray) -> dict[str, ArraySpec]:
+def declare_factors(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
     """A (Kaiming-uniform with slope sqrt(5), as peft draws it: within 1/sqrt(in)), b (zero) and scale.
 
     Of an embedding it is the other way round: a row of a is what a token adds.
@@ -69,11 +69,10 @@ def declare_factors(path: str, base: Any, rank: int, scale: float | np.ndarray) 
             f"adapt.rank: {rank} does not fit {path}, a matrix of {n_in} x {n_out}; choose 1 to {min(n_in, n_out)}"
         )
     first, second = (constant(0.0), normal(1.0)) if path == EMBEDDING else (uniform(n_in**-0.5), constant(0.0))
-    filled = constant(scale) if isinstance(scale, float) else scale
     return {
         "a": ArraySpec((*lead, n_in, rank), (*lead_axes, in_axis, "rank"), init=first),
         "b": ArraySpec((*lead, rank, n_out), (*lead_axes, "rank", out_axis), init=second),
-        "scale": ArraySpec(tuple(lead), tuple(lead_axes), init=filled),
+        "scale": ArraySpec(tuple(lead), tuple(lead_axes), init=constant(scale)),
     }
 
 

@@ -1,5 +1,6 @@
 """Weights: arrays or operators, and the four doors through which models touch them. Stands on `sharding` only."""
 
+from llmtune.weights.adapters import LowRankValues, beneath, is_adapter, low_rank_values
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
 from llmtune.weights.dora import DoRA, measured
 from llmtune.weights.dropout import with_dropout_keys
@@ -18,20 +19,24 @@ __all__ = [
     "DoRA",
     "Initializer",
     "LoRA",
+    "LowRankValues",
     "Operator",
     "Tied",
     "VeRA",
     "Weight",
     "add_bias",
+    "beneath",
     "constant",
     "dense",
     "embed_lookup",
     "expert_linear",
     "head_loss",
+    "is_adapter",
     "is_operator",
     "join_shared",
     "layer",
     "linear",
+    "low_rank_values",
     "map_fields",
     "map_stacked",
     "materialize",

@@ -1,5 +1,6 @@
 """Functions from weights to weights: selecting, adapting, partitioning, merging. Stands on `weights` only."""
 
+from llmtune.transforms.arithmetic import COMBINATIONS, change_rank, combine_adapters
 from llmtune.transforms.ia3 import Gains, ia3, ia3_from
 from llmtune.transforms.initial import INITIAL, olora, pissa
 from llmtune.transforms.lora import Factors, dora, lora, lora_from
@@ -13,8 +14,9 @@ from llmtune.transforms.vocabulary import resize_vocabulary, without_vocabulary_
 from llmtune.transforms.whole import given_whole, select_whole, train_whole
 
 __all__ = [
-    "EMBEDDING", "HEAD", "INITIAL", "Factors", "Gains", "LowRank", "Params", "Projections", "Transform", "Vectors", "adapters",
-    "build", "chain", "combine", "dora", "everything", "full", "given_whole", "ia3", "ia3_from", "identity", "lora",
-    "lora_from", "merge", "olora", "partition", "pissa", "resize_vocabulary", "select", "select_whole", "train_whole", "vera",
-    "vera_from", "weights_by_path", "without_vocabulary_axis",
+    "COMBINATIONS", "EMBEDDING", "HEAD", "INITIAL", "Factors", "Gains", "LowRank", "Params", "Projections", "Transform",
+    "Vectors", "adapters", "build", "chain", "change_rank", "combine", "combine_adapters", "dora", "everything", "full",
+    "given_whole", "ia3", "ia3_from", "identity", "lora", "lora_from", "merge", "olora", "partition", "pissa",
+    "resize_vocabulary", "select", "select_whole", "train_whole", "vera", "vera_from", "weights_by_path",
+    "without_vocabulary_axis",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 import jax
 import jax.numpy as jnp
 
-from llmtune.weights.doors import Weight, linear
+from llmtune.weights.doors import Weight, contract, linear
 from llmtune.weights.dropout import drop
 from llmtune.weights.gather import gather
 from llmtune.weights.lora import LoRA
@@ -56,7 +56,7 @@ class DoRA(Operator):
         a, b = (jax.lax.stop_gradient(gather(own)) for own in (self.low.a, self.low.b))
         axes = (None, None, out_axis)
         across = linear(a.T[None].astype(dtype), self.base, axes)[0].astype(jnp.float32)
-        within = linear((a.T @ a)[None], b, axes)[0]
+        within = linear(contract(a.T[None], a, "io", (None, None, "act_rank")), b, axes)[0]
         squares = gather(self.square) + (b * (2 * scale * across + scale**2 * within)).sum(axis=0)
         norm = jax.lax.stop_gradient(jnp.sqrt(squares))
         return jnp.where(scale == 0, 1.0, gather(self.magnitude) / norm).astype(dtype)

@@ -100,7 +100,7 @@ def test_experts_whose_gate_and_up_have_parted_are_one_pair_of_both_ranks(bases,
 
 
 DAMAGES = {  # adapter, damage to its tensors and settings, what is said
-    "no projections": ("VeRA", lambda t, s: (t.pop("base_model.vera_A"), t.pop("base_model.vera_B")), "come from torch's generator"),
+    "no projections": ("VeRA", lambda t, s: (t.pop("base_model.vera_A"), t.pop("base_model.vera_B")), "from torch's generator"),
     "half a VeRA": ("VeRA", lambda t, s: t.pop(next(k for k in t if "lambda_d" in k)), "the adapter is incomplete"),
     "a gain of another width": (
         "IA3", lambda t, s: t.update({k: v[:-1].copy() for k, v in t.items() if v.shape[0] > 1}), "another base model"),

@@ -24,7 +24,7 @@ from llmtune.weights import materialize, path_name, shardings
 from tests.training.test_step import results_of_dots
 
 DENSE = ModelConfig("LlamaForCausalLM", 64, 32, 64, 2, 4, 2, 8)
-MIXTURE = ModelConfig(**{**vars(DENSE), "architecture": "MixtralForCausalLM", "experts": Experts(4, 2)})
+MIXTURE = ModelConfig(**{**vars(DENSE), "architecture": "MixtralForCausalLM", "experts": Experts(4, 2, 0.02)})
 METHODS = {  # name -> (model, transform, the fields that train, whether the model begins as it was)
     "lora": (DENSE, lora(rank=4, alpha=8, dropout=0.1), {"a", "b"}, True),
     "lora in one layer, the ends too": (
@@ -133,64 +133,68 @@ def dot_flops(jaxpr, times=1):
             shape = equation.invars[0].aval.shape
             total += 2 * times * equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
         runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
-        ):
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 total += dot_flops(inner, runs)
     return total
 
 
+def is_program(parameter):
+    return hasattr(parameter, "eqns") or hasattr(parameter, "jaxpr")
+
+
 WIDE = ModelConfig("LlamaForCausalLM", 256, 384, 1024, 4, 6, 2, 64)
 
 
-def step_flops(transform, remat):
-    """(FLOPs of a train step, of the forward pass) in products with weights and attention, by the jaxpr."""
+def shapes(specs):
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+
+
+def abstract(transform, remat):
+    """(bind, the base's weights, trainable, frozen, batch): shapes alone."""
     graphdef, declared = declare(WIDE)
-    mesh = make_mesh({}, jax.devices()[:1])
-
-    def like(specs):
-        return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
-
-    adapted = transform.apply(like(declared), like(transform.init(declared)))
-    trainable, frozen = partition(adapted, transform.trains)
-    schedule = make_schedule(Optimizer(), 10)
-    optimizer = make_optimizer(Optimizer(), schedule)
+    trainable, frozen = partition(transform.apply(shapes(declared), shapes(transform.init(declared))), transform.trains)
     bind = functools.partial(LanguageModel, graphdef, remat=POLICIES[remat], head_chunk=512)
-    step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
-    batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct((2, 64), jnp.int32))
-    with jax.set_mesh(mesh), REPLICATED.active():
-        state = jax.eval_shape(lambda weights: init_state(weights, optimizer), trainable)
-        whole = jax.make_jaxpr(step)(state, frozen, batch).jaxpr
-        rows = [batch[name] for name in ("tokens", "positions", "segment_ids")]
-        forward = jax.make_jaxpr(lambda params: bind(params).logits(*rows))(like(declared)).jaxpr
-    return dot_flops(whole), dot_flops(forward), state
+    rows = jax.ShapeDtypeStruct((2, 60), jnp.int32)
+    batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), rows)
+    return bind, shapes(declared), trainable, frozen, batch
+
+
+@pytest.fixture
+def one_device():
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])), REPLICATED.active():
+        yield
 
 
 @pytest.mark.parametrize(
     ("kind", "remat", "low", "high"),
     [("lora", "none", 1.9, 2.2), ("lora", "block", 2.5, 3.2), ("full", "none", 2.8, 3.05)],
 )
-def test_products_of_a_step_in_forward_passes(kind, remat, low, high):
+def test_products_of_a_step_in_forward_passes(one_device, kind, remat, low, high):
     transform = {"lora": lora(rank=8, alpha=16), "full": full}[kind]
-    step, forward, state = step_flops(transform, remat)
-    assert low <= step / forward <= high, step / forward
+    bind, base, trainable, frozen, batch = abstract(transform, remat)
+    schedule = make_schedule(Optimizer(), 10)
+    optimizer = make_optimizer(Optimizer(), schedule)
+    step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
+    state = jax.eval_shape(lambda weights: init_state(weights, optimizer), trainable)
+    whole = dot_flops(jax.make_jaxpr(step)(state, frozen, batch).jaxpr)
+    rows = [batch[name] for name in ("tokens", "positions", "segment_ids")]
+    forward = dot_flops(jax.make_jaxpr(lambda params: bind(params).logits(*rows))(base).jaxpr)
+    assert low <= whole / forward <= high, whole / forward
     moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
     assert sorted(moments) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(state.trainable)])
 
 
-def test_no_method_forms_the_gradient_of_a_frozen_weight():
+@pytest.mark.parametrize(
+    "transform",
+    [dora(rank=8, alpha=16, dropout=0.1), vera(rank=8), ia3(), lora(rank=8, alpha=16, initial=pissa)],
+    ids=["dora", "vera", "ia3", "pissa"],
+)
+def test_no_method_forms_the_gradient_of_a_frozen_weight(one_device, transform):
     """By shape: no product has the shape of a base matrix, or of its transpose."""
-    matrices = {(384, 384), (384, 128), (128, 384), (384, 1024), (1024, 384), (384, 256), (256, 384)}
-    for transform in (dora(rank=8, alpha=16), vera(rank=8), ia3()):
-        graphdef, declared = declare(WIDE)
-        like = lambda specs: jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)  # noqa: E731
-        adapted = transform.apply(like(declared), like(transform.init(declared)))
-        trainable, frozen = partition(adapted, transform.trains)
-        bind = functools.partial(LanguageModel, graphdef, remat=POLICIES["none"], head_chunk=8)
-        rows = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct((3, 17), jnp.int32))
-        with jax.set_mesh(make_mesh({}, jax.devices()[:1])), REPLICATED.active():
-            loss = lambda t, f, b: next_token_loss(bind(combine(t, f)), b)[0]  # noqa: E731
-            jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable, frozen, rows).jaxpr
-        assert not matrices & set(results_of_dots(jaxpr))
+    matrices = {(384, 384), (384, 128), (384, 1024), (384, 256)}
+    bind, _, trainable, frozen, batch = abstract(transform, "none")
+    gradient = jax.make_jaxpr(lambda t, f, b: jax.grad(lambda t: next_token_loss(bind(combine(t, f)), b)[0])(t))
+    dots = set(results_of_dots(gradient(trainable, frozen, batch).jaxpr))
+    assert dots and not matrices & (dots | {shape[::-1] for shape in dots})

@@ -18,7 +18,7 @@ SAVED = (
     "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)"
 )
 TARGETS = "all-linear, attention, mlp, experts, names such as q_proj, or regular expressions on paths"
-FROM = "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold"
+FROM = "a PEFT directory to continue: its method, rank, alpha, targets and modules_to_save hold"
 DROPOUT = "share of the adapter's input that is dropped in each training step"
 
 
@@ -156,6 +156,16 @@ def check_adapt(adapt: Any, require: Require) -> None:
             at,
             "full trains the model's own weights, which no other method goes with; leave one of them out",
         )
+    methods = sorted({section.method for section in sections(adapt)})
+    require(
+        len(methods) <= 1,
+        "adapt",
+        f"{' and '.join(methods)} fit no one PEFT directory; give all sections the same method",
+    )
+    scaled = {section.rslora for section in sections(adapt) if isinstance(section, LowRankSection)}
+    require(
+        len(scaled) <= 1, "adapt", "rslora differs among the sections, which no PEFT directory says; give all the same"
+    )
 
 
 def _check_shared(section: Any, require: Require, at: str) -> None:

@@ -99,7 +99,10 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole."""
+    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole.
+
+    `method`: as `adapt.method` names it.
+    """
 
     transform: Transform
     whole: tuple[str, ...]
@@ -132,7 +135,15 @@ def load_adapter(path: str | Path, config: ModelConfig, *, dropout: float = 0.0)
     transform = given_whole(adapter.whole)
     if adapter.values is not None:
         transform = chain(transform, FAMILIES[adapter.method].given(adapter.values, dropout))
-    return LoadedAdapter(transform, tuple(adapter.whole), adapter.method)
+    return LoadedAdapter(transform, tuple(adapter.whole), _method(adapter))
+
+
+def _method(adapter: peft.Adapter) -> str:
+    """The name that a configuration has for the adapter's method: DoRA is LORA to PEFT."""
+    dora = isinstance(adapter.values, LoraValues) and any(
+        own.magnitude is not None for own in adapter.values.factors.values()
+    )
+    return "dora" if dora else adapter.method.lower()
 
 
 def save_adapter(

@@ -26,6 +26,7 @@ from llmtune.transforms import (
     vera,
     weights_by_path,
 )
+from llmtune.weights import beneath, is_adapter
 
 MakeTransform = Callable[[Any, Params], Transform]  # (section, declared weights that it is applied to) -> transform
 
@@ -60,6 +61,7 @@ def _full(section: Full, declared: Params) -> Transform:
     return train_whole(left)
 
 
+DEFAULT = Lora.method
 METHODS: dict[type, MakeTransform] = {
     Lora: _low_rank(lora),
     Dora: _low_rank(dora),
@@ -87,17 +89,32 @@ def choose_transform(
     if not sections:
         return Adaptation(full, ())
     transforms, whole, adapted = [], [], declared
-    for section in sections:
+    for number, section in enumerate(sections):
+        at = f"adapt.{number}" if len(sections) > 1 else "adapt"
         if section.from_ is not None:
             adapter = pretrained.load_adapter(section.from_, source.config, dropout=section.dropout)
+            if section.method not in (DEFAULT, adapter.method):
+                raise LlmtuneConfigError(
+                    f"{at}.from: {section.from_} holds {adapter.method}; write method: {adapter.method}"
+                )
             transforms.append(adapter.transform)
             whole += adapter.whole
         else:
             transforms.append(METHODS[type(section)](section, adapted))
         adapted = transforms[-1].apply(adapted, transforms[-1].init(adapted))
+        _refuse_twice(adapted, at)
     rules = [rule for section in sections if section.from_ is None for rule in section.modules_to_save]
     own = select_whole(declared, [*rules, *(("embed_tokens", "lm_head") if grown else ())])
     return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])))
+
+
+def _refuse_twice(adapted: Params, at: str) -> None:
+    """An adapter under another one would be a part of the base, and not train."""
+    twice = [path for path, own in weights_by_path(adapted).items() if is_adapter(own) and is_adapter(beneath(own))]
+    if twice:
+        raise LlmtuneConfigError(
+            f"{at}: {twice[0]} has an adapter of another section already; give each weight one, or merge the first"
+        )
 
 
 def learning_rates(sections: Sequence[Any]) -> Callable[[str], float]:

@@ -38,25 +38,28 @@ INITIAL: dict[str, Initial] = {"pissa": pissa, "olora": olora}
 
 
 def start(params: Params, additions: Mapping[str, Any], initial: Initial) -> dict[str, Any]:
-    """The additions with a and b as `initial` finds them, a layer at a time. A layer whose scale is zero keeps zeros."""
+    """The additions with a and b as `initial` finds them. A layer whose scale is zero keeps zeros.
+
+    One program for all weights, a layer at a time. Decompositions know nothing of shardings: the compiler places them.
+    """
     weights = weights_by_path(params)
 
-    def begin(path: str, own: dict[str, Any]) -> dict[str, Any]:
-        lead, rank = own["scale"].shape, own["a"].shape[-1]
+    def begin(weight: Any, own: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        rank = own["a"].shape[-1]
 
         def of_matrix(w: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
             found = initial(dense(w), rank, jnp.where(scale == 0, 1.0, scale))
             return jax.tree.map(lambda factor: jnp.where(scale == 0, 0.0, factor), found)
 
         of_all = of_matrix
-        for _ in lead:
+        for _ in own["scale"].shape:
             of_all = _each(of_all)
         layouts = tuple(jax.typeof(own[name]).sharding.spec for name in ("a", "b"))
-        placed = jax.sharding.auto_axes(of_all, out_sharding=layouts)  # decompositions know nothing of shardings
-        a, b = jax.jit(placed)(weights[path], own["scale"])
-        return {**own, "a": a, "b": b}
+        return jax.sharding.auto_axes(of_all, out_sharding=layouts)(weight, own["scale"])
 
-    return {path: begin(path, own) for path, own in additions.items()}
+    adapted = {path: weights[path] for path in additions}
+    found = jax.jit(lambda w, added: {path: begin(w[path], own) for path, own in added.items()})(adapted, additions)
+    return {path: {**own, **dict(zip("ab", found[path], strict=True))} for path, own in additions.items()}
 
 
 def _each(function: Callable) -> Callable:

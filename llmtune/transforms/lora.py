@@ -138,8 +138,8 @@ def _operator(base: Any, own: Specs, ranks: tuple[int, ...] | None, rslora: bool
 
 def _measure(params: Params, additions: Mapping[str, Any], *, magnitude: bool) -> Params:
     """DoRA's lengths from the weights; `magnitude`: those that train, too."""
-    return wrap(
-        params,
-        additions,
-        lambda path, weight, own: measured(weight, magnitude=magnitude) if isinstance(weight, DoRA) else weight,
+    weights = weights_by_path(params)
+    found = measured(
+        {path: weight for path in additions if isinstance(weight := weights[path], DoRA)}, magnitude=magnitude
     )
+    return wrap(params, found, lambda path, weight, own: own)

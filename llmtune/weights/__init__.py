@@ -8,13 +8,14 @@ from llmtune.weights.ia3 import IA3
 from llmtune.weights.layers import join_shared, layer, map_stacked, split_shared
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator, is_operator, map_fields
+from llmtune.weights.operator import Adapter, Operator, is_operator, map_fields
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
 from llmtune.weights.vera import VeRA
 
 __all__ = [
     "IA3",
+    "Adapter",
     "ArraySpec",
     "DoRA",
     "Initializer",

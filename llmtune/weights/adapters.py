@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llmtune.weights.dora import DoRA
 from llmtune.weights.lora import LoRA
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Adapter
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LowRankValues:
 
 
 def is_adapter(weight: Any) -> bool:
-    """An operator that trains; a quantised weight is none."""
-    return isinstance(weight, Operator) and bool(weight.trainable)
+    """An operator around a weight; a quantised weight is none."""
+    return isinstance(weight, Adapter)
 
 
 def beneath(weight: Any) -> Any:

@@ -10,6 +10,7 @@
 where the first term never changes and is kept, and the second costs `rank` more rows through the base.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -21,13 +22,13 @@ from llmtune.weights.dropout import drop
 from llmtune.weights.gather import gather
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Adapter
 
 
 @final
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DoRA(Operator):
+class DoRA(Adapter):
     """low: a LoRA on a matrix [..., in, out]; magnitude [..., out]; square [..., out], of the base's columns. float32."""
 
     low: LoRA
@@ -71,31 +72,28 @@ class DoRA(Operator):
         """The key goes to the low-rank product."""
         return replace(self, low=self.low.with_key(key))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out], that of the base."""
-        return self.low.shape
 
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Those of the base."""
-        return self.low.axes
+def measured(weights: Mapping[str, DoRA], *, magnitude: bool) -> dict[str, DoRA]:
+    """The squares of the base's columns filled in, and, where asked for, magnitudes under which nothing changes yet.
 
-
-def measured(weight: DoRA, *, magnitude: bool) -> DoRA:
-    """The squares of the base's columns filled in, and, where asked for, magnitudes under which nothing changes yet."""
-
-    def lengths(w: Weight) -> jax.Array:
-        of_matrix = lambda own: jnp.square(dense(own)).sum(axis=-2)  # noqa: E731
-        return of_matrix(w) if len(weight.shape) == 2 else jax.lax.map(of_matrix, w)  # a layer at a time
+    To be called under the mesh; one program for all weights, a layer at a time.
+    """
 
     def lay_out(value: jax.Array, like: jax.Array) -> jax.Array:
         return jax.sharding.reshard(value, jax.typeof(like).sharding.spec)
 
-    @jax.jit
-    def measure(weight: DoRA) -> DoRA:
-        square = lay_out(lengths(weight.base), weight.square)
-        own = lay_out(jnp.sqrt(lengths(weight.low)), weight.magnitude) if magnitude else weight.magnitude
-        return replace(weight, square=square, magnitude=own)
+    def measure(weight: DoRA) -> tuple[jax.Array, jax.Array]:
+        own = jnp.sqrt(_squares(weight.low)) if magnitude else weight.magnitude
+        return lay_out(_squares(weight.base), weight.square), lay_out(own, weight.magnitude)
 
-    return measure(weight)
+    found = jax.jit(lambda weights: {path: measure(weight) for path, weight in weights.items()})(weights)
+    return {path: replace(weights[path], square=square, magnitude=own) for path, (square, own) in found.items()}
+
+
+def _squares(w: Weight) -> jax.Array:
+    """Of each column's length."""
+
+    def of_matrix(own: Weight) -> jax.Array:
+        return jnp.square(dense(own)).sum(axis=-2)
+
+    return of_matrix(w) if len(w.shape) == 2 else jax.lax.map(of_matrix, w)

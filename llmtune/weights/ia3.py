@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from llmtune.weights.doors import Weight, linear
 from llmtune.weights.gather import gather
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Adapter
 
 
 @final
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class IA3(Operator):
+class IA3(Adapter):
     """base [..., in, out]; gain [..., out] or [..., in] by `side`; on [...]: 1, or 0 for a layer that is not adapted."""
 
     base: Weight
@@ -40,13 +40,3 @@ class IA3(Operator):
         """Rows or columns of the base stretched, in float32."""
         gain = jnp.where(self.on[..., None] == 0, 1.0, self.gain)
         return dense(self.base) * (gain[..., None] if self.side == "in" else gain[..., None, :])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out], that of the base."""
-        return tuple(self.base.shape)
-
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Those of the base."""
-        return self.base.axes  # type: ignore[union-attr]

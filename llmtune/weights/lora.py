@@ -19,13 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from llmtune.weights.doors import Weight, embed_lookup, expert_linear, linear, unembed
 from llmtune.weights.dropout import drop
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Adapter
 
 
 @final
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoRA(Operator):
+class LoRA(Adapter):
     """base [..., in, out] (an array or an operator), a [..., in, rank], b [..., rank, out], scale [...] float32.
 
     `ranks`: the true rank of each stacked layer where they differ; `rslora`: how `scale` came from alpha, for export;
@@ -84,13 +84,3 @@ class LoRA(Operator):
             return self
         layers = self.scale.shape[:1]
         return replace(self, key=jax.random.split(key, layers) if layers else key)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out], that of the base."""
-        return tuple(self.base.shape)
-
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Those of the base."""
-        return self.base.axes  # type: ignore[union-attr]

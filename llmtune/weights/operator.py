@@ -54,6 +54,22 @@ class Operator(abc.ABC):
         """The logical axes of `dense()`, where the fields are declared (`ArraySpec`), not held."""
 
 
+class Adapter(Operator):
+    """An operator around another weight, its `base`: what it stands for has the base's shape and axes."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., in, out], that of the base."""
+        return tuple(self.base.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes
+
+
 def is_operator(leaf: Any) -> bool:
     """For `is_leaf` of tree functions that map weights rather than arrays."""
     return isinstance(leaf, Operator)

@@ -19,13 +19,13 @@ from llmtune.weights.doors import Weight, contract, linear
 from llmtune.weights.dropout import drop
 from llmtune.weights.gather import gather
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Adapter
 
 
 @final
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class VeRA(Operator):
+class VeRA(Adapter):
     """base [..., in, out]; a [>= in, rank] and b [rank, >= out], frozen and shared; inner [..., rank]; outer [..., out]."""
 
     base: Weight
@@ -63,13 +63,3 @@ class VeRA(Operator):
             return self
         layers = self.inner.shape[:-1]
         return replace(self, key=jax.random.split(key, layers) if layers else key)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out], that of the base."""
-        return tuple(self.base.shape)
-
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Those of the base."""
-        return self.base.axes  # type: ignore[union-attr]

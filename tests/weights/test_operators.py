@@ -39,7 +39,11 @@ def lora(*lead, **more):
 
 def dora(*lead, **more):
     columns = draw(*lead, OUT)
-    return measured(DoRA(lora(*lead, **more), 1 + columns**2, columns), magnitude=False)
+    return measure(DoRA(lora(*lead, **more), 1 + columns**2, columns))
+
+
+def measure(weight):
+    return measured({"q": weight}, magnitude=False)["q"]
 
 
 def ia3(side, *lead):
@@ -59,9 +63,9 @@ def pissa(*lead):
 OPERATORS = {
     "lora": lora, "dora": dora, "ia3 out": lambda *lead: ia3("out", *lead), "ia3 in": lambda *lead: ia3("in", *lead),
     "vera": vera, "an initialiser's": pissa,
-    "dora on lora": lambda *lead: measured(
+    "dora on lora": lambda *lead: measure(
         DoRA(LoRA(lora(*lead), draw(*lead, IN, RANK), draw(*lead, RANK, OUT), jnp.full(lead, 0.3)),
-             draw(*lead, OUT), draw(*lead, OUT)), magnitude=False),
+             draw(*lead, OUT), draw(*lead, OUT))),
 }  # fmt: skip
 
 

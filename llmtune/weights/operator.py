@@ -16,6 +16,7 @@ class Operator(abc.ABC):
     """What every weight operator does. Subclasses are frozen dataclasses registered as pytree nodes, and final."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
+    shared: ClassVar[tuple[str, ...]] = ()  # the fields that have no layer axis: one array serves all layers of a stack
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -25,10 +26,48 @@ class Operator(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array [..., in, out] that it stands for, formed in float32."""
 
+    def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """`expert_linear` with this weight of experts [experts, in, out]."""
+        raise TypeError(f"{type(self).__name__} is not a weight of experts")
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        """`embed_lookup` with this table [vocab, embed]."""
+        raise TypeError(f"{type(self).__name__} is not a table of embeddings")
+
+    def apply_transposed(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """`unembed`: x [batch, seq, out] times the transpose of this weight [in, out]."""
+        raise TypeError(f"{type(self).__name__} has no product with its transpose")
+
+    def with_key(self, key: jax.Array) -> "Operator":
+        """The same weight for one training step: operators with dropout take the key (see `llmtune.weights.dropout`)."""
+        del key
+        return self
+
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of `dense()`."""
+
+    @property
+    @abc.abstractmethod
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axes of `dense()`, where the fields are declared (`ArraySpec`), not held."""
+
+
+class Adapter(Operator):
+    """An operator around another weight, its `base`: what it stands for has the base's shape and axes."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., in, out], that of the base."""
+        return tuple(self.base.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes
 
 
 def is_operator(leaf: Any) -> bool:

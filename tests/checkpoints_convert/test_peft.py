@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from checkpoints_convert.peft import HARMLESS, READ, Factors, write_adapter
-from checkpoints_convert.peft import REFUSED as REFUSED_FIELDS
+from checkpoints_convert.peft import directory, lora, write_adapter
+from checkpoints_convert.peft.lora import Factors, LoraValues
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
 from tests.parity.reference import save_model
@@ -104,7 +104,8 @@ def test_every_usual_alpha_is_written_as_it_was_meant(rslora, tmp_path):
             scale = np.float32(alpha / (rank**0.5 if rslora else rank))
             zeros = np.zeros((1, 128, rank), np.float32)
             factors = {"layers/0/attention/q/kernel": Factors(zeros, zeros.swapaxes(1, 2), np.array([scale]), None)}
-            write_adapter(tmp_path / f"{alpha}-{rank}", factors, config, base="", rslora=rslora)
+            values = LoraValues(factors, rslora)
+            write_adapter(tmp_path / f"{alpha}-{rank}", "LORA", values, config, base="")
             written = json.loads((tmp_path / f"{alpha}-{rank}" / "adapter_config.json").read_text())
             assert (written["r"], written["lora_alpha"]) == (rank, alpha)
 
@@ -120,14 +121,12 @@ def test_on_eight_devices(base, tmp_path):
 
 
 OTHER_METHODS = {  # as peft itself writes them -> the field that says so
-    "DoRA": ({"use_dora": True}, "use_dora is True"),
     "biases": ({"bias": "all"}, "bias is 'all'"),
     "a LoRA bias": ({"lora_bias": True}, "lora_bias is True"),
     "trained tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices is [3]"),
     "repeated layers": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication is [[0, 2], [1, 3]]"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; it changed the base's weights too"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'; it changed the base's weights too"),
-    "IA3": (IA3Config(task_type="CAUSAL_LM"), "peft_type is 'IA3'"),
     "prompt tuning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "peft_type is 'PROMPT_TUNING'"),
 }
 
@@ -154,13 +153,14 @@ def test_initialisers_that_keep_the_base_do_not_matter(base, tmp_path, init):
 def test_every_field_of_peft_is_accounted_for():
     """A field that a later peft adds is refused where it is set; this list says that somebody looked at it."""
     looked_at = {"kasa_config", "use_bdlora", "monteclora_config"}  # each changes the function: refused as unknown
-    assert not set(LoraConfig().to_dict()) - READ - HARMLESS - set(REFUSED_FIELDS) - looked_at
+    known = directory.READ | directory.HARMLESS | lora.READ | lora.HARMLESS | set(lora.REFUSED)
+    assert not set(LoraConfig().to_dict()) - known - looked_at
 
 
 WRONG_FIELDS = {
     "peft_type": None, "fan_in_fan_out": True, "use_qalora": True, "a_field_of_tomorrow": {"strength": 2}, "r": 0,
     "lora_alpha": "16", "rank_pattern": {"q_proj": 2.5}, "alpha_pattern": {"(": 1}, "init_lora_weights": ["pissa"],
-    "target_parameters": ["x"], "kasa_config": {"beta": 1}, "use_bdlora": {"nblocks": 2}, "a\nline": 1,
+    "use_dora": 1.5, "kasa_config": {"beta": 1}, "use_bdlora": {"nblocks": 2}, "a\nline": 1,
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ DAMAGES = {
     "one side": (lambda t: t.pop(KEY), "has only lora_B"),
     "another base": (lambda t: t.update({KEY: t[KEY][:, :-1].copy()}), "made for another base model"),
     "another rank": (lambda t: t.update({k: first_two_ranks(k, v) for k, v in t.items()}), "declared with rank 4"),
-    "an embedding": (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[KEY]}), "is no LoRA factor"),
+    "an embedding": (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[KEY]}), "has only lora_A"),
     "another module": (lambda t: t.update({KEY.replace("layers.1", "layers.9"): t[KEY].copy()}), "does not have"),
     "nothing": (lambda t: t.clear(), "holds no tensors"),
 }  # fmt: skip

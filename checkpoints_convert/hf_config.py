@@ -67,7 +67,7 @@ SUPPORTED = {  # each of these changes the mathematics; the one value that is im
 def read_model_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face directory. eos ids: generation_config.json's, else config.json's."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no directory"
         raise LlmtuneFormatError(f"{directory}: no config.json there (found: {there or 'nothing'})")
     generation = directory / GENERATION

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import hf_weights, peft
+from checkpoints_convert import companions, peft
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.pretrained.host import fetch_from, on_host
@@ -35,7 +35,7 @@ def fit_to_adapter(source: Source, path: str | Path) -> Source:
         return source
     if size != source.config.vocab_size:
         source = source.resized(size, tokens=size)
-    return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
+    return replace(source, companions=(*source.companions, path)) if companions.has_tokenizer(path) else source
 
 
 def as_exported(source: Source, path: Path) -> Source:
@@ -80,7 +80,7 @@ def save_adapter(
 
     def finish(directory: Path) -> None:
         if home is not None:
-            hf_weights.copy_companions(home, directory, hf_weights.TOKENIZER)
+            companions.copy_companions(home, directory, companions.TOKENIZER)
         complete(directory)
 
     peft.write_adapter(

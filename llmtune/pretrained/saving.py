@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import hf_weights
+from checkpoints_convert import companions, hf_weights
 from llmtune.pretrained.host import fetch_from
 from llmtune.pretrained.loading import Progress
 from llmtune.pretrained.source import Source
@@ -32,7 +32,7 @@ def save(
 
     def finish(directory: Path) -> None:
         if tokenizer is not None:
-            hf_weights.replace_tokenizer(tokenizer, directory)
+            companions.replace_tokenizer(tokenizer, directory)
         complete(directory)
 
     hf_weights.save_directory(

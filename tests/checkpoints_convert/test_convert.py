@@ -168,6 +168,8 @@ def test_the_command_says_it_in_one_line(tmp_path, stories, capfd, monkeypatch):
         ((stories, tmp_path / "out", "--to", "mistral"), "LlamaForCausalLM"),
         ((stories, tmp_path / "out", "--max-shard-size", "many"), "--max-shard-size"),
         ((stories, tmp_path / "out", "--dtype", "int8"), "--dtype"),
+        ((stories, tmp_path / "out", "--files", "2"), "--files 2: only Meta's layout"),
+        ((stories, tmp_path / "out", "--to", "meta", "--max-shard-size", "1GB"), "--max-shard-size: Meta's layout"),
         ((stories, tmp_path / "out", "--rope-scaling-factor", "8"), "--rope-scaling-factor"),
         ((tmp_path / "meta", tmp_path / "out", "--like", "no-such-model"), "no-such-model"),
     ]:
@@ -179,7 +181,7 @@ def test_the_command_says_it_in_one_line(tmp_path, stories, capfd, monkeypatch):
 
 def test_sizes_are_read_as_people_write_them():
     assert [parse_size(t) for t in ("5GB", "500 mb", "1GiB", "1.5KB", "7")] == [5 * 10**9, 5 * 10**8, 2**30, 1500, 7]
-    for text in ("", "GB", "0", "-5GB", "5GBs", "nan"):
+    for text in ("", "GB", "0", "-5GB", "5GBs", "nan", "9" * 400):
         with pytest.raises(LlmtuneError):
             parse_size(text)
 

@@ -13,10 +13,8 @@ names and file formats.
 """
 
 from llmtune.pretrained.adapters import LoadedAdapter, as_exported, fit_to_adapter, load_adapter, save_adapter
-from llmtune.pretrained.converting import LAYOUTS, Converted, conversion_plan, convert
-from llmtune.pretrained.loading import Progress, load
-from llmtune.pretrained.saving import save
-from llmtune.pretrained.source import Resize, Source, open_source
+from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert
+from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save
 
 __all__ = [
     "LAYOUTS", "Converted", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "conversion_plan", "convert",

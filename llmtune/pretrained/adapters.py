@@ -13,8 +13,7 @@ from typing import Any
 from checkpoints_convert import companions, peft
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
-from llmtune.pretrained.host import fetch_from, on_host
-from llmtune.pretrained.source import Source, open_source
+from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
 from llmtune.transforms import Factors, Transform, chain, given_whole, lora_from, weights_by_path
 from llmtune.weights import LoRA, is_operator
 

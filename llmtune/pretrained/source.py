@@ -1,26 +1,35 @@
-"""Where a model comes from: a directory of weights, something shipped with llmtune, or a preset with random weights.
+"""Base models: Hugging Face directories and presets, in and out.
 
-open_source("path/to/hf_dir")      config and tokenizer directory; weights stay on disk
-open_source("mistral-7b-v0.1")     a preset of configs/models: a configuration alone
-source.resized(32032, 32000)       the same model with more rows in its vocabulary
+source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
+params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
+save(path, params, source)                        a Hugging Face directory, merged
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import yaml
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from checkpoints_convert import hf_config
-from checkpoints_convert.companions import companion_files
+from checkpoints_convert import companions, hf_config, hf_weights
 from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
+from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
+from llmtune.transforms import resize_vocabulary, weights_by_path, without_vocabulary_axis
+from llmtune.weights import dense, is_operator, materialize, shardings
+
+Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,121 @@ def open_source(name: str) -> Source:
         return Source(name, hf_config.parse_model_config(raw, None, str(preset)), raw, None)
     if path.is_dir():
         config = hf_config.read_model_config(path)
-        companion_files(path)  # refused here, not when a run is over and writes its export
+        companions.companion_files(path)  # refused here, not when a run is over and writes its export
         return Source(name, config, read_json(path / "config.json"), path, (path,))
     known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
     raise LlmtuneConfigError(f"model: {name!r} is neither a directory nor a preset (presets: {known})")
+
+
+def load(
+    source: Source,
+    declared: Any,
+    mesh: Mesh,
+    strategy: Strategy,
+    *,
+    dtype: str | None = "float32",
+    seed: int = 0,
+    progress: Progress = lambda done: None,
+) -> Any:
+    """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`."""
+    if source.directory is None:
+        params = materialize(declared, jax.random.key(seed), mesh, strategy)
+        return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
+    layouts = shardings(declared, mesh, strategy)
+    if source.resize is None:
+        return hf_weights.load_params(
+            _weights(source, source.config), source.config, layouts, dtype=dtype, progress=progress
+        )
+    stored = replace(source.config, vocab_size=source.resize.stored)
+    back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})
+    layouts = shardings(without_vocabulary_axis(back), mesh, strategy)
+    params = hf_weights.load_params(_weights(source, stored), stored, layouts, dtype=dtype, progress=progress)
+    return _resized(params, back, source, mesh, strategy, seed)
+
+
+def _weights(source: Source, config: ModelConfig) -> Weights:
+    assert source.directory is not None
+    return source.opened or hf_weights.open_weights(source.directory, config)
+
+
+def _resized(params: Any, declared: Any, source: Source, mesh: Mesh, strategy: Strategy, seed: int) -> Any:
+    """The embedding and the head brought to the source's size, and laid out for it; all else as it is."""
+    assert source.resize is not None
+    transform = resize_vocabulary(tokens=source.resize.kept, size=source.config.vocab_size)
+    noise = materialize(transform.init(declared), jax.random.key(seed), mesh, strategy)
+
+    @jax.jit
+    def resize(ends: Any, noise: Any) -> Any:
+        with strategy.active():
+            return transform.apply(ends, noise)
+
+    return {**params, **resize({end: params[end] for end in ("embed", "head")}, noise)}
+
+
+def save(
+    path: Path,
+    params: Any,
+    source: Source,
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
+    progress: Progress = lambda done: None,
+) -> None:
+    """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
+
+    Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
+    `complete` puts into the directory what else belongs there, before it appears.
+    """
+
+    def finish(directory: Path) -> None:
+        if tokenizer is not None:
+            companions.replace_tokenizer(tokenizer, directory)
+        complete(directory)
+
+    hf_weights.save_directory(
+        path,
+        fetch_from(weights_by_path(params)),
+        source.config,
+        source.hf_config,
+        source.directory,
+        source.companions,
+        dtype=dtype,
+        stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
+        complete=finish,
+        progress=progress,
+    )
+
+
+def fetch_from(weights: Mapping[str, Any]) -> hf_weights.Fetch:
+    """(path, layer) -> the dense matrix on the host."""
+
+    def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
+        weight = weights[name]
+        if len(place) == 2:
+            return _expert(weight, place)
+        if place:
+            weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
+        return on_host(dense(weight) if is_operator(weight) else weight)
+
+    return fetch
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
+    """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
+    if not weight.is_fully_addressable:
+        return on_host(weight[place])
+    out = np.empty(weight.shape[len(place) :], weight.dtype)
+    for shard in weight.addressable_shards:
+        ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
+        if all(start <= at < stop for at, (start, stop, _) in zip(place, ranges, strict=False)):
+            local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
+            out[shard.index[len(place) :]] = np.asarray(shard.data[local])
+    return out

@@ -7,8 +7,7 @@ from pathlib import Path
 from checkpoints_convert import convert as conversion
 from checkpoints_convert import layouts
 from checkpoints_convert.safetensors_reader import read_json
-from llmtune.pretrained.loading import Progress
-from llmtune.pretrained.source import Source, open_source
+from llmtune.pretrained.source import Progress, Source, open_source
 from llmtune.shipped import resolve
 
 LAYOUTS = layouts.LAYOUTS

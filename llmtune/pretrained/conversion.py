@@ -1,4 +1,4 @@
-"""Between Hugging Face's, Meta's and Mistral's layouts, seen from inside llmtune: paths and a plan in, a report out."""
+"""Between Hugging Face's, Meta's and Mistral's layouts: `convert(source, target, plan)`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

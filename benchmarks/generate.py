@@ -8,7 +8,6 @@ included. The completions of both sides must be equal in float32.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import side_by_side
 from benchmarks.shapes import SHAPES, parameter_count, write_model
-from benchmarks.side_by_side import compare, serve
 
 
 def prompts(settings: dict[str, Any]) -> list[list[int]]:
@@ -77,26 +76,18 @@ def prepare_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[],
     return {"completions": digest(first)}, work
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments() -> argparse.ArgumentParser:
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="25m")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="prompts in one call")
     parser.add_argument("--length", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of measurements")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--worker", choices=("llmtune", "peer"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
-    own = arguments()
-    if own.worker:
-        with contextlib.redirect_stdout(None):
-            serve({"llmtune": prepare_llmtune, "peer": prepare_peer}[own.worker])
-        return
+def measure(own: argparse.Namespace) -> dict[str, Any]:
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / own.shape, own.shape, own.dtype)
@@ -106,13 +97,12 @@ def main() -> None:
             print(f"greedy decoding, batch {batch}, {own.length} + {own.new_tokens} tokens, Llama {own.shape} "
                   f"({parameter_count(own.shape):,} parameters), {own.dtype}, {own.device}", flush=True)  # fmt: skip
             units = batch * own.new_tokens
-            found = compare("benchmarks.generate", settings, pairs=own.pairs, units=units, unit="tokens/s")
+            found = side_by_side.compare("benchmarks.generate", settings, pairs=own.pairs, units=units, unit="tokens/s")
             if own.dtype == "float32" and found["llmtune"]["completions"] != found["peer"]["completions"]:
                 raise SystemExit("the completions of both sides differ: the comparison is void")
             results[str(batch)] = found
-    if own.json:
-        own.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    side_by_side.run(arguments(), prepare_llmtune, prepare_peer, measure)

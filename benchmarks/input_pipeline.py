@@ -9,15 +9,13 @@ read each row once; caches are off.
 """
 
 import argparse
-import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import compare, serve
+from benchmarks import side_by_side
 
 COLUMNS = {"prompt": "question", "completion": "answer"}
 
@@ -116,23 +114,15 @@ def prepare_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[],
     return facts, work
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments() -> argparse.ArgumentParser:
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--rows", help="a jsonl file of question/answer rows, such as GSM8K's")
     parser.add_argument("--tokenizer", help="a directory with a tokenizer.json")
     parser.add_argument("--length", type=int, default=512, help="tokens of a packed row")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of measurements")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--worker", choices=("llmtune", "peer"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
-    own = arguments()
-    if own.worker:
-        with contextlib.redirect_stdout(None):
-            serve({"llmtune": prepare_llmtune, "peer": prepare_peer}[own.worker])
-        return
+def measure(own: argparse.Namespace) -> dict[str, Any]:
     if not own.rows or not own.tokenizer:
         raise SystemExit("--rows and --tokenizer are needed; see --help")
     from llmtune.tokenizers import load_tokenizer
@@ -144,12 +134,11 @@ def main() -> None:
     settings = {"rows": own.rows, "tokenizer": own.tokenizer, "length": own.length, "shape": shape,
                 "bos": tokenizer.bos_id, "eos": tokenizer.eos_ids[0]}  # fmt: skip
     print(f"tokenise and pack {count:,} rows of {own.rows} into rows of {own.length}", flush=True)
-    found = compare("benchmarks.input_pipeline", settings, pairs=own.pairs, units=count, unit="rows/s")
+    found = side_by_side.compare("benchmarks.input_pipeline", settings, pairs=own.pairs, units=count, unit="rows/s")
     if found["llmtune"]["tokens"] != found["peer"]["tokens"]:
         raise SystemExit("the two sides disagree on the number of tokens: the comparison is void")
-    if own.json:
-        own.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    side_by_side.run(arguments(), prepare_llmtune, prepare_peer, measure)

@@ -7,6 +7,8 @@ On a noisy machine absolute figures drift from minute to minute; the two halves 
 ratio holds still. Which side goes first alternates.
 """
 
+import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -18,9 +20,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+Prepare = Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[], float]]]  # settings -> facts, a piece of work
 
 
-def serve(prepare: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[], float]]]) -> None:
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """What every benchmark can be told; its own arguments are added to these."""
+    own = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("--pairs", type=int, default=8, help="pairs of measurements")
+    own.add_argument("--json", type=Path, help="also write the figures here")
+    own.add_argument("--worker", choices=("llmtune", "peer"), help=argparse.SUPPRESS)
+    return own
+
+
+def run(own: argparse.ArgumentParser, llmtune: Prepare, peer: Prepare, measure: Callable[..., dict[str, Any]]) -> None:
+    """As a worker serve that side; else `measure(arguments)`, which compares, and write the figures that it gives."""
+    given = own.parse_args()
+    if given.worker:
+        with contextlib.redirect_stdout(None):
+            serve({"llmtune": llmtune, "peer": peer}[given.worker])
+        return
+    results = measure(given)
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def serve(prepare: Prepare) -> None:
     """The worker's side: settings in on stdin, facts out, then seconds of one piece of work for each line that comes."""
     settings = json.loads(sys.stdin.readline())
     facts, work = prepare(settings)

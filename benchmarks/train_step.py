@@ -10,7 +10,6 @@ the loss of their first step, which must agree.
 
 import argparse
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import side_by_side
 from benchmarks.shapes import SHAPES, parameter_count, write_model
-from benchmarks.side_by_side import compare, serve
 
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
 H200_BF16 = 989e12  # dense tensor-core FLOP/s of an H100 or H200 (NVIDIA data sheet)
@@ -128,8 +127,8 @@ def flops_per_step(settings: dict[str, Any]) -> float:
     return tokens * (factor * matmuls + 3 * attention)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments() -> argparse.ArgumentParser:
+    parser = side_by_side.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="25m")
     parser.add_argument("--methods", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
@@ -139,18 +138,11 @@ def arguments() -> argparse.Namespace:
         "--remat", choices=("none", "block", "dots"), default="none", help="recomputation, on both sides"
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of measurements")
     parser.add_argument("--steps", type=int, default=2, help="steps in one measurement")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--worker", choices=("llmtune", "peer"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
-    own = arguments()
-    if own.worker:
-        serve({"llmtune": prepare_llmtune, "peer": prepare_peer}[own.worker])
-        return
+def measure(own: argparse.Namespace) -> dict[str, Any]:
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / own.shape, own.shape, own.dtype)
@@ -160,16 +152,17 @@ def main() -> None:
             tokens = own.batch * own.length * own.steps
             print(f"train step, {method}, Llama {own.shape} ({parameter_count(own.shape):,} parameters), "
                   f"{own.batch} x {own.length}, {own.dtype}, {own.device}", flush=True)  # fmt: skip
-            found = compare("benchmarks.train_step", settings, pairs=own.pairs, units=tokens, unit="tokens/s")
+            found = side_by_side.compare(
+                "benchmarks.train_step", settings, pairs=own.pairs, units=tokens, unit="tokens/s"
+            )
             if own.device == "gpu":
                 for side in ("llmtune", "peer"):
                     mfu = found[side]["tokens/s"] / tokens * own.steps * flops_per_step(settings) / H200_BF16
                     found[side]["mfu"] = mfu
                     print(f"  {side:8s} MFU {mfu:.1%} of {H200_BF16 / 1e12:.0f} TFLOP/s (bfloat16, dense)")
             results[method] = found
-    if own.json:
-        own.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    side_by_side.run(arguments(), prepare_llmtune, prepare_peer, measure)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.hf_weights import SHARD_BYTES, copy_companions
+from checkpoints_convert.companions import companion_files, copy_companions
+from checkpoints_convert.hf_weights import SHARD_BYTES
 from checkpoints_convert.layouts import CONSOLIDATED, PARAMS, Hints, Opened, as_original, disagreement, open_layout
 from checkpoints_convert.original_names import split_axes
 from checkpoints_convert.original_params import meta_from_hf, mistral_from_hf
@@ -62,6 +63,7 @@ def convert(
     """`begin` is told each phase and its bytes, `progress` the bytes done since. `verify` sees source and result, opened."""
     opened = open_layout(source, plan.source_layout, plan.hints)
     dtype = None if plan.dtype is None else np.dtype(plan.dtype)
+    companion_files(source)  # refused before anything is written
     write, nbytes = WRITERS[plan.to](opened, plan, dtype)
     digest = None
     with new_directory(target, nbytes) as partial:
@@ -73,7 +75,7 @@ def convert(
             begin("verifying", 2 * opened.own.total_bytes)
             digest = compare(opened, again, dtype, progress)
             verify(opened, again)
-    return Report(opened, len(opened.weights.tensors), nbytes, digest)
+    return Report(opened, len((opened.own if opened.layout == plan.to else opened.weights).tensors), nbytes, digest)
 
 
 def compare(source: Opened, written: Opened, dtype: np.dtype | None, progress: Progress = lambda done: None) -> str:

@@ -42,12 +42,13 @@ READ = {
 HARMLESS = {  # they say nothing about the function that the weights compute
     "transformers_version", "_name_or_path", "use_cache", "pretraining_tp", "return_dict", "output_hidden_states",
     "output_attentions", "torchscript", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type",
-    "task_specific_params", "attention_dropout", "hidden_dropout", "_attn_implementation", "_attn_implementation_autoset",
+    "task_specific_params", "_attn_implementation", "_attn_implementation_autoset",
     "attn_implementation", "is_decoder", "finetuning_task", "unk_token_id", "sep_token_id", "decoder_start_token_id",
     "tokenizer_class", "prefix", "use_bfloat16", "tf_legacy_loss", "license", "model_max_length", "max_length",
     "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "_commit_hash",
-    "unsloth_version", "unsloth_fixed", "mup_enabled", "output_router_logits",
+    "unsloth_version", "unsloth_fixed", "output_router_logits",
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", None)
 OUTSIDE = {  # of a multimodal model beside text_config: they are about images, or repeat what the text part says
     "text_config", "vision_config", "image_token_index", "image_token_id", "projector_hidden_act", "vision_feature_layer",
     "multimodal_projector_bias", "spatial_merge_size", "architectures", "model_type", "tie_word_embeddings", "torch_dtype",
@@ -58,14 +59,15 @@ SUPPORTED = {  # each of these changes the mathematics; the one value that is im
     "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False, None), "pruned_heads": ({}, None),
     "qk_norm": (False, None), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
     "quantization_config": (None,), "auto_map": (None,), "use_qk_norm": (False, None), "num_experts": (None,),
-    "router_jitter_noise": (0.0, 0, None),
+    "router_jitter_noise": (0.0, 0, None), "attention_dropout": (0.0, 0, None), "hidden_dropout": (0.0, 0, None),
+    "mup_enabled": (False, None),
 }  # fmt: skip
 
 
 def read_model_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face directory. eos ids: generation_config.json's, else config.json's."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "no directory"
         raise LlmtuneFormatError(f"{directory}: no config.json there (found: {there or 'nothing'})")
     generation = directory / GENERATION
@@ -91,6 +93,9 @@ def _parse_text(config: Mapping[str, Any], generation: Mapping[str, Any] | None,
     if config.get("hidden_act", "silu") != "silu":
         raise wrong(where, "hidden_act", config["hidden_act"], "silu")
     _refuse_unknown(config, SUPPORTED | supported_only(own), where)
+    for name in ("dtype", "torch_dtype"):
+        if config.get(name) not in DTYPES:
+            raise wrong(where, name, config[name], "float32, bfloat16, float16 or null")
     hidden, heads, kv_heads, head_dim = _heads(config, own, where)
     layers = positive(config, "num_hidden_layers", where)
     return ModelConfig(

@@ -24,8 +24,13 @@ Fields = Mapping[str, Any]
 def parse_rope(config: Fields, where: str, theta: float, scales_queries: bool) -> Rope:
     """`theta`: where the file names none. `scales_queries`: the architecture has a position-dependent query scale."""
     field, scaling = _section(config, where)
+    for inside, other in (("rope_theta", config.get("rope_theta")), ("rope_type", scaling.get("type"))):
+        if other is not None and inside in scaling and scaling[inside] != other:
+            raise wrong(where, f"{field}.{inside}", scaling[inside], f"{short(other)}, as the other spelling says")
     base = number(scaling if "rope_theta" in scaling else config, "rope_theta", where, theta)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str):
+        raise wrong(where, f"{field}.rope_type", kind, SUPPORTED)
     if kind in BATCH_DEPENDENT:
         raise wrong(where, f"{field}.rope_type", kind, f"{SUPPORTED}: frequencies of {kind} depend on the batch")
     if kind not in READERS:

@@ -1,8 +1,6 @@
 """Hugging Face weights in and out: strict about names and shapes, streaming tensor by tensor, straight into shardings."""
 
 import functools
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from checkpoints_convert.companions import copy_companions
 from checkpoints_convert.hf_config import model_config_to_hf
 from checkpoints_convert.hf_multimodal import carried, stored_names, text_tower
 from checkpoints_convert.hf_names import Tensor, tensors
@@ -24,13 +23,6 @@ from llmtune.weights import path_name
 STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
 PIECE = 4 * 1024 * 1024  # bytes cast at a time
-TOKENIZER = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template.*"
-    r"|tekken\.json|.*\.model|.*\.model\.v\d+.*",
-    re.IGNORECASE,
-)
-COMPANIONS = re.compile(rf"{TOKENIZER.pattern}|generation_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
-VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.model|.*\.model\.v\d+.*", re.IGNORECASE)
 Progress = Callable[[int], None]
 Fetch = Callable[
     [str, tuple[int, ...]], np.ndarray
@@ -125,25 +117,6 @@ def save_directory(
         for directory in companions:
             copy_companions(directory, partial)
         complete(partial)
-
-
-def copy_companions(source: Path, target: Path, which: re.Pattern[str] = COMPANIONS) -> None:
-    """Tokenizer, generation config, chat template and licence files (or only `which`); never weights."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and which.fullmatch(file.name):
-            shutil.copyfile(file, target / file.name)
-
-
-def replace_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer of `source`, and no file of another: two vocabularies side by side would be read as one."""
-    for file in [file for file in target.iterdir() if TOKENIZER.fullmatch(file.name)]:
-        file.unlink()
-    copy_companions(source, target, TOKENIZER)
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a vocabulary lies there, in whatever format."""
-    return any(file.is_file() and VOCABULARY.fullmatch(file.name) for file in directory.iterdir())
 
 
 def _config_json(config: ModelConfig, hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

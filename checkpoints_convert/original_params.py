@@ -65,9 +65,7 @@ def meta_to_hf(params: Mapping[str, Any], known: Known, where: str) -> dict[str,
         "model_type": "llama",
         "vocab_size": vocab,
         "hidden_size": dim,
-        "intermediate_size": inner_size(
-            dim, params.get("ffn_dim_multiplier"), _natural(params, "multiple_of", where, 256)
-        ),
+        "intermediate_size": inner_size(dim, _multiplier(params, where), _natural(params, "multiple_of", where, 256)),
         "num_hidden_layers": _natural(params, "n_layers", where),
         "num_attention_heads": heads,
         "num_key_value_heads": _natural(params, "n_kv_heads", where, heads),
@@ -214,9 +212,16 @@ def inner_factors(dim: int, inner: int) -> tuple[float, int]:
     return multiplier, multiple
 
 
+def _multiplier(params: Mapping[str, Any], where: str) -> float | None:
+    return None if params.get("ffn_dim_multiplier") is None else _number(params, "ffn_dim_multiplier", where)
+
+
 def _meta_scaling(params: Mapping[str, Any], known: Known, where: str) -> dict[str, Any] | None:
     given, said = params.get("rope_scaling_factor"), known.rope_factor
-    if not params.get("use_scaled_rope", False):
+    scaled = params.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise _wrong(where, f"use_scaled_rope is {_short(scaled)}", "true or false is expected")
+    if not scaled:
         if said is not None:
             raise _wrong(
                 where, "use_scaled_rope is not set", f"a rope scaling factor of {said} does not belong to this model"

@@ -61,8 +61,11 @@ class Entry:
 @contextmanager
 def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its name when the block succeeds, and vanishes when it does not."""
+    path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise LlmtuneError(f"{path}: exists and is not empty; choose another directory or remove it")
+    if path == Path.cwd():  # it would be replaced under the feet of whoever stands in it
+        raise LlmtuneError(f"{path}: is the current directory; name one that does not exist yet")
     partial = path.with_name(f".{path.name}.partial")
     with _told_plainly(path):
         partial.parent.mkdir(parents=True, exist_ok=True)

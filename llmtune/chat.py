@@ -6,28 +6,35 @@ with_ends(model, template).generate(rows, max_new_tokens=64)
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune.config_file import load_run
 from llmtune.errors import LlmtuneConfigError
 from llmtune.model import Model
 from llmtune.tokenizers import load_chat_template
-from llmtune.tokenizers.chat import BUILT_IN
+from llmtune.tokenizers.chat import BUILT_IN, says_template
 from llmtune.tokenizers.conversation import ChatTemplate
 from llmtune.tokenizers.turns import end_ids
 
 
-def find_template(model: Model, path: str | Path, choice: str | None = None) -> ChatTemplate:
-    """The template that was chosen, else the one that the run trained with, else the model's own.
+def find_template(
+    model: Model, path: str | Path, choice: str | None = None, adapters: Sequence[str | Path] = ()
+) -> ChatTemplate:
+    """The template that was chosen, else the last adapter's that has one, else the run's, else the model's own.
 
-    A run's own .jinja file lies in its export, whatever became of the file that it was.
+    `adapters` are PEFT directories on top of the model at `path`: what they were trained with goes before what it was. A
+    run's own .jinja file lies in its export, whatever became of the file that it was.
     """
     configuration, home = Path(path) / "config.yaml", model.source.tokenizer_directory
-    if choice is None and configuration.is_file():
-        trained = load_run(configuration).data.chat_template
-        choice = trained if trained in BUILT_IN else None
     if model.tokenizer is None or home is None:
         raise LlmtuneConfigError(f"{path}: it has no tokenizer, so nobody can talk to it; leave out --chat")
+    theirs = next((Path(adapter) for adapter in reversed(adapters) if says_template(Path(adapter))), None)
+    if choice is None and theirs is not None:
+        home = theirs
+    elif choice is None and configuration.is_file():
+        trained = load_run(configuration).data.chat_template
+        choice = trained if trained in BUILT_IN else None
     template = load_chat_template(home, model.tokenizer, choice)
     if template is None:
         raise LlmtuneConfigError(

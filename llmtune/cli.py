@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--chat-template",
         default=None,
         metavar="NAME",
-        help="with --chat: a built-in one or a .jinja file, not the model's",
+        help="with --chat: a built-in one or a .jinja file, not the adapter's or the model's",
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="float32", metavar="D", help="of weights and compute; default float32")
@@ -273,7 +273,7 @@ def _answers(model: "Model", options: argparse.Namespace) -> list[str]:
     from llmtune.model import decode_completion
     from llmtune.tokenizers.turns import chat_prompt
 
-    template = find_template(model, options.model, options.chat_template)
+    template = find_template(model, options.model, options.chat_template, options.adapter)
     rows = [chat_prompt(template, prompt, options.system) for prompt in options.prompt]
     completions = _complete(with_ends(model, template), rows, options)
     return [decode_completion(model.tokenizer, *pair) for pair in zip(rows, completions, strict=True)]

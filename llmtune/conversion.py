@@ -24,6 +24,7 @@ from llmtune.shipped import resolve
 from llmtune.transforms import chain
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SHARD_SIZE = "5GB"
 TOKENS = 64  # positions at which logits are compared
 SHARE = 0.4  # of the memory that is free may be taken by a model whose logits are compared
 
@@ -34,7 +35,7 @@ def convert(
     *,
     to: str = "hf",
     source_layout: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD_SIZE,
     files: int = 1,
     dtype: str | None = None,
     rope_scaling_factor: float | None = None,
@@ -50,6 +51,10 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise LlmtuneConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if files != 1 and to != "meta":
+        raise LlmtuneConfigError(f"--files {files}: only Meta's layout has tensor-parallel files; add --to meta")
+    if max_shard_size != SHARD_SIZE and to == "meta":
+        raise LlmtuneConfigError("--max-shard-size: Meta's layout has no shards of a chosen size; give --files")
     plan = pretrained.conversion_plan(
         to=to,
         source_layout=source_layout,
@@ -77,7 +82,7 @@ def convert(
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500 MB", "1GiB" or "1000000"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
+    if found is None or found[2].upper() not in UNITS or not 1 <= float(found[1]) * UNITS[found[2].upper()] < 2**63:
         raise LlmtuneConfigError(f"--max-shard-size: {text!r} is no size such as 5GB, 500MB or 1GiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
 

@@ -143,8 +143,8 @@ def load(
     mesh, table = _layout(strategy, declared)
     home = source.tokenizer_directory
     tokenizer = None if home is None else load_tokenizer(home)
-    if tokenizer is not None:
-        check_fits(tokenizer, source.config)
+    if tokenizer is not None and home is not None:
+        check_fits(tokenizer, source.config, home)
     transform = chain(*(adapter.transform for adapter in loaded))
     params = build_params(source, declared, transform, mesh, table, dtype=dtype)
     compute = jnp.dtype(dtype) if dtype else params["embed"]["table"].dtype

@@ -4,11 +4,17 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 import llmtune
 
 STEPS = 20
 OPTIMIZER = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "clip_norm": 1.0}
+ADAPT = {"full": None, "lora": {"rank": 4, "alpha": 8}}
+LORA_BY_DAY, FULL_BY_DAY = (  # both kinds of training, one of them by night only
+    [pytest.param(own, id=kind, marks=[] if kind == day else [pytest.mark.nightly]) for kind, own in ADAPT.items()]
+    for day in ("lora", "full")
+)
 
 
 def fixed_batches(assets):

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.hf_names import ATTENTION, MLP, ROUTER, SEGMENT, Tensor, tensors
+from checkpoints_convert.hf_names import ATTENTION, MLP, ROUTER, SEGMENT, Tensor, root_module, tensors
 from checkpoints_convert.safetensors_reader import WeightDirectory
 from checkpoints_convert.safetensors_writer import Entry
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 KEY = re.compile(
     r"base_model\.model\.(?P<module>model\..+?|lm_head)"
     r"(\.modules_to_save(\.\w+)?|\.base_layer|(?P<before>\.original_module))?\.weight"
@@ -33,9 +33,15 @@ def whole_name(key: str) -> str | None:
     return None if match is None or ".lora_" in key else f"{match['module']}.weight"
 
 
+def embedding(config: ModelConfig) -> str:
+    """The name of the input embedding, which lies deeper in a multimodal model."""
+    return f"{root_module(config)}.embed_tokens.weight"
+
+
 def vocabulary_size(weights: WeightDirectory, config: ModelConfig) -> int | None:
     """Rows of the embedding or head that the directory brings; None where it brings neither."""
-    found = {name: weights.tensors[key].shape for name, key in _named(weights).items() if name in (EMBEDDING, HEAD)}
+    ends = (embedding(config), HEAD)
+    found = {name: weights.tensors[key].shape for name, key in _named(weights).items() if name in ends}
     sizes = {shape[0] if shape else 0 for shape in found.values()}
     if len(sizes) > 1:
         raise LlmtuneFormatError(f"{weights.path}: its embedding and its head differ in size ({sorted(sizes)})")
@@ -52,8 +58,9 @@ def read_whole(weights: WeightDirectory, config: ModelConfig, settings: Mapping[
     table = {tensor.name: tensor for tensor in tensors(config)}
     found = _named(weights)
     if config.tie_word_embeddings:
-        _check_tied(weights, found, settings)
-        found = {EMBEDDING if name == HEAD else name: key for name, key in found.items()}
+        table_name = embedding(config)
+        _check_tied(weights, found, settings, table_name)
+        found = {table_name if name == HEAD else name: key for name, key in found.items()}
     for name, key in found.items():
         expected = table[name].shape if name in table else None
         if expected is None:
@@ -84,7 +91,7 @@ def whole_entries(
         if tensor.path in chosen:
             name = tensor.name.replace(".weight", ".base_layer.weight") if tensor.path in factored else tensor.name
             yield _entry(name, tensor, fetch)
-            if tensor.name == EMBEDDING and config.tie_word_embeddings:
+            if tensor.name == embedding(config) and config.tie_word_embeddings:
                 yield _entry(HEAD, tensor, fetch)
 
 
@@ -109,17 +116,19 @@ def _named(weights: WeightDirectory) -> dict[str, str]:
     return found
 
 
-def _check_tied(weights: WeightDirectory, found: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+def _check_tied(
+    weights: WeightDirectory, found: Mapping[str, str], settings: Mapping[str, Any], table_name: str
+) -> None:
     """One table for both ends, or a refusal: an embedding that trained apart from the head needs an untied base."""
-    both = EMBEDDING in found and HEAD in found
-    if both:
-        one, other = (weights.read(found[name]) for name in (EMBEDDING, HEAD))
+    ends = (table_name, HEAD)
+    if all(end in found for end in ends):
+        one, other = (weights.read(found[end]) for end in ends)
         if one.shape == other.shape and np.array_equal(one, other):
             return
-    elif not found.keys() & {EMBEDDING, HEAD} or settings.get("ensure_weight_tying"):
+    elif not found.keys() & set(ends) or settings.get("ensure_weight_tying"):
         return
     raise LlmtuneFormatError(
-        f"{weights.path}: it brings {' and '.join(n for n in (EMBEDDING, HEAD) if n in found)} for a base whose head is tied "
+        f"{weights.path}: it brings {' and '.join(n for n in ends if n in found)} for a base whose head is tied "
         "to its embedding, not the same for both; train it with ensure_weight_tying, or untie the base"
     )
 

@@ -114,7 +114,7 @@ def _tokenizer(run: Run, config: ModelConfig, directory: Path | None) -> tuple[T
                 "evaluate.prompts: the model has no tokenizer to read them; set data.tokenizer, or leave them out"
             )
         return None, None
-    check_fits(tokenizer, config)
+    check_fits(tokenizer, config, home)
     return tokenizer, load_chat_template(home, tokenizer, run.data.chat_template)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_convert import hf_weights, peft
+from checkpoints_convert import companions, peft
 from checkpoints_convert.peft.factors import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
 from checkpoints_convert.peft.vectors import Gains as PeftGains
@@ -122,7 +122,7 @@ def fit_to_adapter(source: Source, path: str | Path) -> Source:
         return source
     if size != source.config.vocab_size:
         source = source.resized(size, tokens=size)
-    return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
+    return replace(source, companions=(*source.companions, path)) if companions.has_tokenizer(path) else source
 
 
 def as_exported(source: Source, path: Path) -> Source:
@@ -174,7 +174,7 @@ def save_adapter(
 
     def finish(directory: Path) -> None:
         if home is not None:
-            hf_weights.copy_companions(home, directory, hf_weights.TOKENIZER)
+            companions.copy_companions(home, directory, companions.TOKENIZER)
         complete(directory)
 
     adapted = peft.METHODS[method].adapted(values)

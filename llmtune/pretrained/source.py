@@ -20,7 +20,7 @@ import yaml
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from checkpoints_convert import hf_config, hf_weights
+from checkpoints_convert import companions, hf_config, hf_weights
 from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
@@ -69,7 +69,7 @@ class Source:
         return replace(
             self,
             config=replace(self.config, vocab_size=size),
-            hf_config={**self.hf_config, "vocab_size": size},
+            hf_config=_with_vocabulary(self.hf_config, size),
             resize=Resize(stored, min(stored, size, tokens)),
         )
 
@@ -111,6 +111,12 @@ class Source:
         return hashlib.sha256(f"{json.dumps(self.hf_config, sort_keys=True)} {weights}".encode()).hexdigest()
 
 
+def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """A config.json with another vocab_size, which a multimodal model has in its text part."""
+    text = config.get("text_config")
+    return {**config, **({"vocab_size": size} if text is None else {"text_config": {**text, "vocab_size": size}})}
+
+
 def open_source(name: str) -> Source:
     """A Hugging Face directory, something shipped with llmtune (`llmtune:starter`), or a preset of configs/models."""
     path, presets = resolve(name), configs_directory() / "models"
@@ -119,7 +125,9 @@ def open_source(name: str) -> Source:
         raw = yaml.safe_load(preset.read_text(encoding="utf-8"))
         return Source(name, hf_config.parse_model_config(raw, None, str(preset)), raw, None)
     if path.is_dir():
-        return Source(name, hf_config.read_model_config(path), read_json(path / "config.json"), path, (path,))
+        config = hf_config.read_model_config(path)
+        companions.companion_files(path)  # refused here, not when a run is over and writes its export
+        return Source(name, config, read_json(path / "config.json"), path, (path,))
     known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
     raise LlmtuneConfigError(f"model: {name!r} is neither a directory nor a preset (presets: {known})")
 
@@ -194,7 +202,7 @@ def save(
 
     def finish(directory: Path) -> None:
         if tokenizer is not None:
-            hf_weights.replace_tokenizer(tokenizer, directory)
+            companions.replace_tokenizer(tokenizer, directory)
         complete(directory)
 
     hf_weights.save_directory(

@@ -47,11 +47,11 @@ def load_tokenizer(directory: Path, added: AddedTokens = NONE_ADDED) -> Tokenize
     return read_tiktoken(models[0]) if is_tiktoken(models[0]) else read_sentencepiece(models[0])
 
 
-def check_fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for."""
+def check_fits(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
+    """Refuse a tokenizer (that of `directory`) with ids that the model has no embedding for."""
     largest = max(tokenizer.vocab_size - 1, *tokenizer.eos_ids, tokenizer.bos_id or 0)
     if largest >= config.vocab_size:
         raise LlmtuneFormatError(
-            f"tokenizer: it gives ids up to {largest}, the model's vocabulary has {config.vocab_size}; "
-            "they do not belong together"
+            f"{directory}: its tokenizer gives ids up to {largest}, the model's vocabulary has {config.vocab_size}; "
+            "they do not belong together; put the model's own tokenizer files there"
         )

@@ -10,11 +10,15 @@ from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.tokenizers.conversation import ChatTemplate
 from llmtune.tokenizers.jinja_chat import ByTools, JinjaChat
 from llmtune.tokenizers.jinja_process import TemplateProcess
-from llmtune.tokenizers.llama_chat import Llama3, Llama31
-from llmtune.tokenizers.mistral_chat import MistralV1, MistralV3
+from llmtune.tokenizers.llama_chat import DATES, WITH_TOOLS, write_llama3, write_llama31
+from llmtune.tokenizers.llama_jinja import LLAMA3, with_tools
+from llmtune.tokenizers.mistral_chat import write_v1, write_v3
+from llmtune.tokenizers.mistral_jinja import v1, v3
+from llmtune.tokenizers.plain_chat import PlainChat, Write
 from llmtune.tokenizers.protocol import Tokenizer
 from llmtune.tokenizers.settings import read_object
 
+TEMPLATE = "chat_template.jinja"
 TEKKEN_SIZE = 100_000  # no sentencepiece vocabulary of Mistral is larger, no Tekken smaller
 LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 MISTRAL = (
@@ -26,19 +30,21 @@ MISTRAL = (
 @final
 @dataclass(frozen=True)
 class BuiltIn:
-    """What makes a template of a tokenizer, and the control tokens that it needs."""
+    """What writes a conversation, the same in Jinja for a tokenizer, and the control tokens that both need."""
 
-    make: Callable[[Tokenizer], ChatTemplate]
+    write: Write
+    jinja: Callable[[Tokenizer], str]
     needs: tuple[str, ...]
 
 
+LLAMA31 = BuiltIn(write_llama31, lambda tokenizer: with_tools(DATES, WITH_TOOLS), LLAMA)
 BUILT_IN = {
-    "llama3": BuiltIn(Llama3, LLAMA),
-    "llama3.1": BuiltIn(Llama31, LLAMA),
-    "llama3.2": BuiltIn(lambda tokenizer: Llama31(tokenizer, "llama3.2"), LLAMA),
-    "mistral-v1": BuiltIn(MistralV1, ("<s>", "</s>")),
-    "mistral-v3": BuiltIn(MistralV3, MISTRAL),
-    "mistral-tekken": BuiltIn(lambda tokenizer: MistralV3(tokenizer, "mistral-tekken"), MISTRAL),
+    "llama3": BuiltIn(write_llama3, lambda tokenizer: LLAMA3, LLAMA),
+    "llama3.1": LLAMA31,
+    "llama3.2": LLAMA31,
+    "mistral-v1": BuiltIn(write_v1, v1, ("<s>", "</s>")),
+    "mistral-v3": BuiltIn(write_v3, v3, MISTRAL),
+    "mistral-tekken": BuiltIn(write_v3, v3, MISTRAL),
 }
 
 
@@ -46,8 +52,9 @@ def load_chat_template(directory: Path, tokenizer: Tokenizer, choice: str | None
     """The chat template of a model directory.
 
     `choice` None: the model's own (`chat_template.jinja`, else `chat_template` of tokenizer_config.json), which goes before a
-    built-in one, because it is what the model was trained with, where a built-in is what its family is; else the built-in
-    one that the vocabulary reveals, else None. Otherwise the name of a built-in (`BUILT_IN`), or the path of a .jinja file.
+    built-in one, because it is what the model was trained with, where a built-in is what its family is (its own may be a
+    built-in one that `write_chat_template` put there); else the built-in one that the vocabulary reveals, else None.
+    Otherwise the name of a built-in (`BUILT_IN`), or the path of a .jinja file.
 
     Raises LlmtuneFormatError for a template that does not compile, LlmtuneConfigError for a choice that there is not or that
     does not fit the tokenizer.
@@ -65,16 +72,22 @@ def load_chat_template(directory: Path, tokenizer: Tokenizer, choice: str | None
     return _jinja(directory, tokenizer, _read(Path(choice)), choice)
 
 
+def says_template(directory: Path) -> bool:
+    """Whether a chat template lies there, in its own file or in tokenizer_config.json."""
+    file, settings = directory / TEMPLATE, directory / "tokenizer_config.json"
+    return file.is_file() or read_object(settings).get("chat_template") is not None
+
+
 def write_chat_template(directory: Path, template: ChatTemplate | None) -> None:
     """Put a template where other programs look for it; nothing where the directory says the same already.
 
-    One that is not told in Jinja stays with llmtune (see `ChatTemplate.jinja`).
+    Two templates in one (see `ChatTemplate.jinja`) stay where they are.
     """
     settings = directory / "tokenizer_config.json"
     own = read_object(settings)
     if template is None or template.jinja is None:
         return
-    file = directory / "chat_template.jinja"
+    file = directory / TEMPLATE
     if own.get("chat_template") != template.jinja or file.is_file():
         file.write_text(template.jinja, encoding="utf-8")
         if own.pop("chat_template", None) is not None:  # else there would be two
@@ -82,9 +95,13 @@ def write_chat_template(directory: Path, template: ChatTemplate | None) -> None:
 
 
 def _own(directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    file, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    file, settings = directory / TEMPLATE, directory / "tokenizer_config.json"
     if file.is_file():
-        return _jinja(directory, tokenizer, _read(file), file.name)
+        source = _read(file)
+        ours = _written_by_us(tokenizer, source)
+        return (
+            _jinja(directory, tokenizer, source, file.name) if ours is None else _built_in(directory, tokenizer, ours)
+        )
     given = read_object(settings).get("chat_template")
     if given is None:
         return None
@@ -125,12 +142,19 @@ def _read(path: Path) -> str:
 
 
 def _built_in(directory: Path, tokenizer: Tokenizer, name: str) -> ChatTemplate:
-    missing = [token for token in BUILT_IN[name].needs if token not in tokenizer.controls]
+    own = BUILT_IN[name]
+    missing = [token for token in own.needs if token not in tokenizer.controls]
     if missing:
         raise LlmtuneConfigError(
             f"chat template {name}: the tokenizer of {directory} has no {missing[0]}; they do not belong together"
         )
-    return BUILT_IN[name].make(tokenizer)
+    return PlainChat(name, tokenizer, own.write, own.jinja(tokenizer))
+
+
+def _written_by_us(tokenizer: Tokenizer, source: str) -> str | None:
+    """The name of the built-in template that this text of Jinja says word for word: what an export of ours carries."""
+    fitting = (name for name, own in BUILT_IN.items() if tokenizer.controls.keys() >= set(own.needs))
+    return next((name for name in fitting if BUILT_IN[name].jinja(tokenizer) == source), None)
 
 
 def _revealed(tokenizer: Tokenizer) -> str | None:

@@ -60,7 +60,7 @@ class ChatTemplate(Protocol):
 
     @property
     def jinja(self) -> str | None:
-        """The template as other programs read it; None where it cannot be told in one text of Jinja."""
+        """The template as other programs read it; None where that takes two texts."""
         ...
 
     def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:

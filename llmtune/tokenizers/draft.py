@@ -6,20 +6,20 @@ Each text is tokenised by itself, as the reference libraries of the built-in tem
 """
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self, final
 
 from llmtune.errors import LlmtuneDataError
-from llmtune.tokenizers.conversation import Conversation, Rendered
+from llmtune.tokenizers.conversation import Rendered
 from llmtune.tokenizers.protocol import Tokenizer
 
 
 @final
 @dataclass(frozen=True)
 class Draft:
-    """Ids and targets so far."""
+    """Ids and targets so far; `template` is the name that errors say."""
 
+    template: str
     tokenizer: Tokenizer
     rendered: Rendered = field(default_factory=lambda: Rendered([], []))
 
@@ -41,19 +41,6 @@ class Draft:
 def inexpressible(template: str, why: str) -> NoReturn:
     """Refuse a conversation."""
     raise LlmtuneDataError(f"chat template {template}: {why}")
-
-
-def one_by_one(
-    encode: Callable[[Conversation], Rendered], conversations: Sequence[Conversation]
-) -> list[Rendered | LlmtuneDataError]:
-    """`ChatTemplate.encode_batch` of a template that is plain Python."""
-    rendered: list[Rendered | LlmtuneDataError] = []
-    for conversation in conversations:
-        try:
-            rendered.append(encode(conversation))
-        except LlmtuneDataError as error:
-            rendered.append(error)
-    return rendered
 
 
 def spelled_json(template: str, value: Any, indent: int | None = None) -> str:

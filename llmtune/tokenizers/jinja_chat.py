@@ -68,8 +68,8 @@ class JinjaChat:
         more = {**self.extra, "add_generation_prompt": prompt}
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         try:
-            masked = variables(conversation, masks.of_message, masks.of_tools) | more
-            real = variables(conversation, lambda _: str, str) | more
+            masked = variables(conversation, masks.of_message, masks.of_id, masks.of_tools) | more
+            real = variables(conversation, lambda _: str, lambda _: str, str) | more
             starts = tuple(turns[:TURNS])
             spelled = job(Render(masked, starts), Render(real))
         except (TypeError, ValueError, RecursionError) as error:

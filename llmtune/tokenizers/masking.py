@@ -20,6 +20,7 @@ from llmtune.tokenizers.conversation import Conversation, Message
 
 WORD = re.compile(r"(q[0-9a-f]{32}x[0-9]+z)")  # what `Masks` makes; every conversation has its own 32 digits
 QUOTED = re.compile(r"[^ !#-\[\]-~]")  # what JSON may spell otherwise than it is
+Mask = Callable[[str], str]
 IDENTIFIER = re.compile(r"[A-Za-z0-9_.$-]{1,64}")
 
 
@@ -33,20 +34,27 @@ class Masks:
     owners: dict[str, int | None] = field(default_factory=dict)
     prefix: str = field(default_factory=lambda: f"q{secrets.token_hex(16)}")
 
-    def of_message(self, index: int) -> Callable[[str], str]:
+    def of_message(self, index: int) -> Mask:
         """Masks every string; blank ones stay, a template may ask for them and no control token is blank."""
         return lambda text: self._masked(text, index) if text.strip() else text
 
     def of_tools(self, text: str) -> str:
         """Masks all but the words of a schema, which templates compare ("object", "string"); none spells a control token."""
-        if not text.strip() or (IDENTIFIER.fullmatch(text) and not any(c in text for c in self.controls)):
-            return text
-        return self._masked(text, None)
+        return text if not text.strip() or self._is_harmless(text) else self._masked(text, None)
+
+    def of_id(self, index: int) -> Mask:
+        """Masks all ids of calls but plain ones (no part of a control token): Mistral's templates count their letters."""
+        inside = "\n".join(self.controls)
+        return lambda text: text if self._is_harmless(text) and text not in inside else self._masked(text, index)
 
     def behind_last(self, text: str) -> str | None:
         """What stands behind the last word, None where there is none."""
         parts = WORD.split(text)
         return parts[-1] if len(parts) > 1 else None
+
+    def _is_harmless(self, text: str) -> bool:
+        """Whether it is a plain word without a control token in it."""
+        return bool(IDENTIFIER.fullmatch(text)) and not any(c in text for c in self.controls)
 
     def _masked(self, text: str, owner: int | None) -> str:
         word = f"{self.prefix}x{len(self.strings)}z"
@@ -66,11 +74,14 @@ class Piece:
 
 
 def variables(
-    conversation: Conversation, mask: Callable[[int], Callable[[str], str]], mask_tools: Callable[[str], str]
+    conversation: Conversation,
+    mask: Callable[[int], Mask],
+    mask_ids: Callable[[int], Mask],
+    mask_tools: Mask,
 ) -> dict[str, Any]:
     """`messages` and `tools` in the way that templates expect them, every string of the conversation passed through a mask."""
     tools = [_each_string(tool, mask_tools) for tool in conversation.tools]
-    messages = [_message(message, mask(index)) for index, message in enumerate(conversation.messages)]
+    messages = [_message(m, mask(index), mask_ids(index)) for index, m in enumerate(conversation.messages)]
     return {"messages": messages, "tools": tools or None}
 
 
@@ -118,25 +129,25 @@ def _spellings(text: str) -> Iterable[str]:
     return dict.fromkeys((*shapes, *quoted))
 
 
-def _message(message: Message, mask: Callable[[str], str]) -> dict[str, Any]:
+def _message(message: Message, mask: Mask, mask_id: Mask) -> dict[str, Any]:
     spelled: dict[str, Any] = {"role": message.role, "content": mask(message.content)}
     if message.tool_calls:
         spelled["tool_calls"] = [
             {
                 "type": "function",
-                **({} if call.id is None else {"id": mask(call.id)}),
+                **({} if call.id is None else {"id": mask_id(call.id)}),
                 "function": {"name": mask(call.name), "arguments": _each_string(call.arguments, mask)},
             }
             for call in message.tool_calls
         ]
     if message.tool_call_id is not None:
-        spelled["tool_call_id"] = mask(message.tool_call_id)
+        spelled["tool_call_id"] = mask_id(message.tool_call_id)
     if message.name is not None:
         spelled["name"] = mask(message.name)
     return spelled
 
 
-def _each_string(value: Any, mask: Callable[[str], str]) -> Any:
+def _each_string(value: Any, mask: Mask) -> Any:
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):

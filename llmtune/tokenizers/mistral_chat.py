@@ -13,112 +13,72 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, final
+from typing import Any
 
-from llmtune.errors import LlmtuneDataError
-from llmtune.tokenizers.conversation import Conversation, Message, Rendered
-from llmtune.tokenizers.draft import Draft, inexpressible, one_by_one, spelled_json
-from llmtune.tokenizers.protocol import Tokenizer
+from llmtune.tokenizers.conversation import Conversation, Message
+from llmtune.tokenizers.draft import Draft, inexpressible, spelled_json
 
 FOLLOWS = {"user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "user"), "system": ()}
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
-@final
-@dataclass(frozen=True)
-class MistralV1:
-    """`mistral-v1`: the 7B of v0.1 and v0.2, Mixtral 8x7B."""
-
-    tokenizer: Tokenizer
-    name: str = "mistral-v1"
-
-    @property
-    def jinja(self) -> str | None:
-        """See `ChatTemplate.jinja`."""
-        return None
-
-    def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
-        """See `ChatTemplate.encode`; after a user's turn nothing precedes the assistant's."""
-        system, turns = _turns(self.name, conversation)
-        if conversation.tools or any(m.tool_calls or m.role == "tool" for m in turns):
-            inexpressible(self.name, "it has no tools; choose mistral-v3")
-        draft = Draft(self.tokenizer).control("<s>")
-        for at, message in enumerate(turns):
-            if message.role == "user":
-                draft.text(f"[INST] {system if at == 0 else ''}{message.content} [/INST]")
-            else:
-                _require_content(self.name, message)
-                draft.text(message.content, target=message.train).control("</s>", target=message.train)
-        return draft.rendered
-
-    def encode_batch(
-        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
-    ) -> list[Rendered | LlmtuneDataError]:
-        """See `ChatTemplate.encode_batch`."""
-        return one_by_one(partial(self.encode, add_generation_prompt=add_generation_prompt), conversations)
+def write_v1(draft: Draft, conversation: Conversation, prompt: bool) -> None:
+    """`mistral-v1`: the 7B of v0.1 and v0.2, Mixtral 8x7B. Nothing stands between a user's turn and the assistant's."""
+    del prompt
+    system, turns = _turns(draft.template, conversation)
+    if conversation.tools or any(m.tool_calls or m.role == "tool" for m in turns):
+        inexpressible(draft.template, "it has no tools; choose mistral-v3")
+    draft.control("<s>")
+    for at, message in enumerate(turns):
+        if message.role == "user":
+            draft.text(f"[INST] {system if at == 0 else ''}{message.content} [/INST]")
+        else:
+            _require_content(draft.template, message)
+            draft.text(message.content, target=message.train).control("</s>", target=message.train)
 
 
-@final
-@dataclass(frozen=True)
-class MistralV3:
+def write_v3(draft: Draft, conversation: Conversation, prompt: bool) -> None:
     """`mistral-v3` (7B v0.3, 8x22B, Small 22B) and `mistral-tekken` (Nemo): the tokenizer makes the difference.
 
     Ids of tool calls are nine letters and digits; others (OpenAI's `call_...`) become the same nine wherever they stand.
     """
+    del prompt
+    system, turns = _turns(draft.template, conversation)
+    last = max(at for at, message in enumerate(turns) if message.role == "user")
+    draft.control("<s>")
+    open_calls: list[str] = []
+    for at, message in enumerate(turns):
+        if message.role == "user":
+            if at == last and conversation.tools:
+                tools = spelled_json(draft.template, [_tool(draft.template, tool) for tool in conversation.tools])
+                draft.control("[AVAILABLE_TOOLS]").text(tools).control("[/AVAILABLE_TOOLS]")
+            text = (system if at == last else "") + message.content
+            draft.control("[INST]").text(text).control("[/INST]")
+        elif message.role == "tool":
+            _add_result(draft, message, open_calls.pop(0))
+        elif message.tool_calls:
+            open_calls = [_call_id(call.id, f"{at}.{i}") for i, call in enumerate(message.tool_calls)]
+            _add_calls(draft, message, open_calls)
+        else:
+            _require_content(draft.template, message)
+            draft.text(message.content.rstrip(" "), target=message.train).control("</s>", target=message.train)
 
-    tokenizer: Tokenizer
-    name: str = "mistral-v3"
 
-    @property
-    def jinja(self) -> str | None:
-        """See `ChatTemplate.jinja`."""
-        return None
+def _add_calls(draft: Draft, message: Message, ids: Sequence[str]) -> None:
+    if message.content:
+        inexpressible(draft.template, "a turn is either text or tool calls; this one has both")
+    calls = [
+        {"name": call.name, "arguments": _arguments(draft.template, call.arguments), "id": call_id}
+        for call, call_id in zip(message.tool_calls, ids, strict=True)
+    ]
+    draft.control("[TOOL_CALLS]", target=message.train)
+    draft.text(spelled_json(draft.template, calls), target=message.train).control("</s>", target=message.train)
 
-    def encode(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> Rendered:
-        """See `ChatTemplate.encode`; after a user's turn nothing precedes the assistant's."""
-        system, turns = _turns(self.name, conversation)
-        last = max(at for at, message in enumerate(turns) if message.role == "user")
-        draft = Draft(self.tokenizer).control("<s>")
-        open_calls: list[str] = []
-        for at, message in enumerate(turns):
-            if message.role == "user":
-                if at == last and conversation.tools:
-                    tools = spelled_json(self.name, [_tool(self.name, tool) for tool in conversation.tools])
-                    draft.control("[AVAILABLE_TOOLS]").text(tools).control("[/AVAILABLE_TOOLS]")
-                text = (system if at == last else "") + message.content
-                draft.control("[INST]").text(text).control("[/INST]")
-            elif message.role == "tool":
-                self._add_result(draft, message, open_calls.pop(0))
-            elif message.tool_calls:
-                open_calls = [_call_id(call.id, f"{at}.{i}") for i, call in enumerate(message.tool_calls)]
-                self._add_calls(draft, message, open_calls)
-            else:
-                _require_content(self.name, message)
-                draft.text(message.content.rstrip(" "), target=message.train).control("</s>", target=message.train)
-        return draft.rendered
 
-    def encode_batch(
-        self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
-    ) -> list[Rendered | LlmtuneDataError]:
-        """See `ChatTemplate.encode_batch`."""
-        return one_by_one(partial(self.encode, add_generation_prompt=add_generation_prompt), conversations)
-
-    def _add_calls(self, draft: Draft, message: Message, ids: Sequence[str]) -> None:
-        if message.content:
-            inexpressible(self.name, "a turn is either text or tool calls; this one has both")
-        calls = [
-            {"name": call.name, "arguments": _arguments(self.name, call.arguments), "id": call_id}
-            for call, call_id in zip(message.tool_calls, ids, strict=True)
-        ]
-        draft.control("[TOOL_CALLS]", target=message.train)
-        draft.text(spelled_json(self.name, calls), target=message.train).control("</s>", target=message.train)
-
-    def _add_result(self, draft: Draft, message: Message, in_turn: str) -> None:
-        call_id = in_turn if message.tool_call_id is None else _call_id(message.tool_call_id, "")
-        result = {"content": _arguments(self.name, message.content), "call_id": call_id}
-        draft.control("[TOOL_RESULTS]").text(spelled_json(self.name, result)).control("[/TOOL_RESULTS]")
+def _add_result(draft: Draft, message: Message, in_turn: str) -> None:
+    call_id = in_turn if message.tool_call_id is None else _call_id(message.tool_call_id, "")
+    result = {"content": _arguments(draft.template, message.content), "call_id": call_id}
+    draft.control("[TOOL_RESULTS]").text(spelled_json(draft.template, result)).control("[/TOOL_RESULTS]")
 
 
 def _turns(template: str, conversation: Conversation) -> tuple[str, tuple[Message, ...]]:

@@ -13,7 +13,6 @@ from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
 from llmtune.data import RunData
 from llmtune.evaluation.perplexity import HeldOut
-from llmtune.tokenizers.chat import BUILT_IN
 from llmtune.training.display import Display
 from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory
@@ -92,11 +91,6 @@ def conclude(display: Display, data: RunData, summary: Summary, directory: RunDi
     display.note("")
     for kind, path in summary.exports.items():
         display.note(f"{kind}: {path}")
-    if data.template is not None and data.template.jinja is None and data.template.name in BUILT_IN:
-        display.note(
-            f"note: the chat template {data.template.name} is built into llmtune and not told in Jinja; other programs use "
-            "the one that the model brought, if it brought any"
-        )
     display.note(f"report: {directory.path / 'report.html'}")
     display.note(f"metrics: {directory.metrics.path}")
     prompts = [sample["prompt"] for sample in evaluation["after"]["samples"]]

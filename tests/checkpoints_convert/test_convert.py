@@ -159,27 +159,33 @@ def test_the_command_says_it_in_one_line(tmp_path, stories, capfd, monkeypatch):
     assert "47 tensors" in capfd.readouterr().out
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     for arguments, said in [
         ((stories, tmp_path / "full"), "exists and is not empty"),
         ((stories, tmp_path / "out"), "are needed, 1.00 kB are free"),
+        ((stories, tmp_path / "new" / ".." / "full"), "exists and is not empty"),
+        ((stories, ""), "is the current directory"),
         ((tmp_path / "absent", tmp_path / "out"), "not a directory"),
         ((tmp_path / "full", tmp_path / "out"), "no config.json"),
         ((stories, tmp_path / "out", "--to", "mistral"), "LlamaForCausalLM"),
         ((stories, tmp_path / "out", "--max-shard-size", "many"), "--max-shard-size"),
         ((stories, tmp_path / "out", "--dtype", "int8"), "--dtype"),
+        ((stories, tmp_path / "out", "--files", "2"), "--files 2: only Meta's layout"),
+        ((stories, tmp_path / "out", "--to", "meta", "--max-shard-size", "1GB"), "--max-shard-size: Meta's layout"),
         ((stories, tmp_path / "out", "--rope-scaling-factor", "8"), "--rope-scaling-factor"),
         ((tmp_path / "meta", tmp_path / "out", "--like", "no-such-model"), "no-such-model"),
     ]:
         assert code(*arguments) == 2
         told = capfd.readouterr().err
         assert said in told and told.count("\n") == 1
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["full", "meta"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["full", "here", "meta"]
 
 
 def test_sizes_are_read_as_people_write_them():
     assert [parse_size(t) for t in ("5GB", "500 mb", "1GiB", "1.5KB", "7")] == [5 * 10**9, 5 * 10**8, 2**30, 1500, 7]
-    for text in ("", "GB", "0", "-5GB", "5GBs", "nan"):
+    for text in ("", "GB", "0", "-5GB", "5GBs", "nan", "9" * 400):
         with pytest.raises(LlmtuneError):
             parse_size(text)
 

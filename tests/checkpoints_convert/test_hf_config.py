@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -190,6 +191,7 @@ REFUSED = {
     "hidden_size": 0, "num_hidden_layers": 2.0, "num_attention_heads": True, "num_key_value_heads": 4, "head_dim": 7,
     "rms_norm_eps": "1e-5", "rope_theta": 0, "tie_word_embeddings": "no", "model_type": "mistral",
     "eos_token_id": "</s>", "bos_token_id": 1.5, "max_position_embeddings": 0, "rope_scaling": [], "rope_parameters": "x",
+    "attention_dropout": 0.1, "hidden_dropout": 0.1, "mup_enabled": True, "torch_dtype": "int4", "dtype": ["float32"],
     "architectures ": 1, "x" * 1000: 1, "a\nline": 1,
 }  # fmt: skip
 
@@ -204,10 +206,11 @@ def test_what_is_not_implemented_is_refused_by_name(field):
     )
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", 7, None])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", 7, None, ["yarn"], {}])
 def test_other_rope_scalings_are_refused_by_name(kind):
     with pytest.raises(
-        LlmtuneFormatError, match=rf"rope_scaling\.rope_type is {kind!r}; supported: default, linear, llama3 or"
+        LlmtuneFormatError,
+        match=rf"rope_scaling\.rope_type is {re.escape(repr(kind))}; supported: default, linear, llama3 or",
     ):
         parse(rope_scaling={"rope_type": kind, "factor": 2.0})
 
@@ -218,16 +221,19 @@ def test_llama3_scaling_guesses_nothing(field):
         parse(rope_scaling={"rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if k != field}})
 
 
+OLD = {name: value for name, value in YARN.items() if name != "rope_theta"}  # which stands outside there
 FAULTS = {  # what is wrong -> (family, changes, what the message says)
     "no factor": ("llama", {"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.factor is None"),
-    "a shrinking factor": ("llama", {"rope_scaling": {**YARN, "factor": 0.5}}, r"rope_scaling\.factor is 0\.5"),
+    "a shrinking factor": ("llama", {"rope_scaling": {**OLD, "factor": 0.5}}, r"rope_scaling\.factor is 0\.5"),
     "no original length": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
-    "betas exchanged": ("llama", {"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_fast.*at least"),
-    "a field of another type": ("llama", {"rope_scaling": {**YARN, "low_freq_factor": 1.0}}, "low_freq_factor.*rope_type 'yarn'"),
-    "query scaling elsewhere": ("mistral", {"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
+    "betas exchanged": ("llama", {"rope_scaling": {**OLD, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_fast.*at least"),
+    "a field of another type": ("llama", {"rope_scaling": {**OLD, "low_freq_factor": 1.0}}, "low_freq_factor.*rope_type 'yarn'"),
+    "query scaling elsewhere": ("mistral", {"rope_scaling": {**OLD, "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
     "no query scaling": ("ministral3", {"rope_parameters": YARN}, r"rope_parameters\.llama_4_scaling_beta is None"),
     "no yarn": ("ministral3", {"rope_parameters": {"rope_type": "default"}}, r"rope_parameters\.rope_type.*yarn"),
     "another original length outside": ("llama", {"original_max_position_embeddings": 77}, "position_embeddings is 77"),
+    "two thetas": ("llama", {"rope_scaling": {**YARN, "rope_theta": 7.0}}, r"rope_scaling\.rope_theta is 7\.0.* 500000\.0"),
+    "two types": ("llama", {"rope_scaling": {**YARN, "rope_theta": 5e5, "type": "linear"}}, "rope_type is 'yarn'.*'linear'"),
     "a window of nothing": ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
     "windows that are ignored": ("mistral", {"sliding_window": 9, "layer_types": [FULL, SLIDING]}, "layer_types.*MinistralForC"),
     "too few layer types": ("ministral", {"layer_types": [FULL]}, "layer_types.*each of 2 layers"),

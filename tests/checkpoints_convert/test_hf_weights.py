@@ -22,6 +22,7 @@ from checkpoints_convert.hf_weights import check_tensors
 from checkpoints_convert.safetensors_header import DTYPES
 from checkpoints_convert.safetensors_reader import open_directory
 from checkpoints_convert.safetensors_writer import Entry, write_file
+from llmtune.conversion import convert
 from llmtune.errors import LlmtuneError
 from tests.parity.reference import save_model
 
@@ -111,6 +112,24 @@ def test_a_companion_that_cannot_be_copied_leaves_nothing_behind(tmp_path, monke
     with pytest.raises(LlmtuneError, match=r"/out: cannot be written \(No space left on device\)"):
         model.save(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_companion_that_leads_elsewhere_is_refused_before_anything_is_written(tmp_path, refusal):
+    """What it leads to would be copied into an export; the links of a hub cache lead into its own store."""
+    hub = tmp_path / "models--a--b"
+    directory = save_model("tied", hub / "snapshots" / "1")
+    (tmp_path / "secret").write_text("a key")
+    link = directory / "LICENSE"
+    (hub / "blobs").mkdir()
+    (hub / "blobs" / "0abc").write_text("the licence")
+    link.symlink_to("../../blobs/0abc")
+    llmtune.load(directory).save(tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
+    link.unlink()
+    link.symlink_to(tmp_path / "secret")
+    assert "not a regular file inside" in refusal("LICENSE", llmtune.load, directory)
+    assert "not a regular file inside" in refusal("LICENSE", convert, directory, tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models--a--b", "out", "secret"]
 
 
 def logits(directory):

@@ -171,6 +171,8 @@ WRONG_PARAMS = {
     "fewer heads": ({"n_kv_heads": 2}, "attention.wk.weight has shape"),
     "no theta": ({"rope_theta": None}, "rope_theta"),
     "theta that is none": ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+    "a multiplier that is none": ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier is '1.3'"),
+    "a flag that is none": ({"use_scaled_rope": "no"}, "use_scaled_rope is 'no'"),
     "heads that do not divide": ({"n_heads": 7}, "does not divide"),
 }
 

@@ -28,22 +28,34 @@ def reference_completions(directory, prompts, count, eos):
     return completions
 
 
-@pytest.mark.parametrize("strategy", [None, "fsdp", "tensor"])
-def test_a_real_model_continues_as_in_transformers(stories, strategy):
+def continues_as_in_transformers(stories, strategy, count):
     tokenizer = AutoTokenizer.from_pretrained(stories)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     model = llmtune.load(stories, strategy=strategy)
-    expected = reference_completions(stories, prompts, 128, [1, 2])
-    assert model.generate(prompts, max_new_tokens=128) == expected
+    expected = reference_completions(stories, prompts, count, [1, 2])
+    assert model.generate(prompts, max_new_tokens=count) == expected
+    return tokenizer, model, prompts, expected
+
+
+def test_a_real_model_continues_as_in_transformers(stories):
+    tokenizer, model, prompts, expected = continues_as_in_transformers(stories, None, 128)
     texts = model.generate(list(PROMPTS), max_new_tokens=128)
     whole = [tokenizer.decode([*p, *c], skip_special_tokens=True) for p, c in zip(prompts, expected, strict=True)]
     assert [prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)] == whole
 
 
-OFTEN = ("gqa untied", "llama3 scaling beyond the original length", "mistral")
+@pytest.mark.parametrize(
+    ("strategy", "count"),
+    [("fsdp", 12), *(pytest.param(s, 128, marks=pytest.mark.nightly) for s in ("fsdp", "tensor"))],
+)
+def test_a_real_model_continues_on_eight_devices(stories, strategy, count):
+    continues_as_in_transformers(stories, strategy, count)
 
 
-@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.nightly) for n in MODELS])
+OFTEN = "llama3 scaling beyond the original length"
+
+
+@pytest.mark.parametrize("name", [n if n == OFTEN else pytest.param(n, marks=pytest.mark.nightly) for n in MODELS])
 def test_random_models_and_rows_of_one_token(name, tmp_path):
     directory = save_model(name, tmp_path / "hf")
     prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (1, 2, 3, 17, 40, 64, 130, 200)]
@@ -62,6 +74,12 @@ CACHED = {  # a window of 24 does not divide the length that prompts are padded 
 @pytest.mark.parametrize("name", list(CACHED))
 def test_continuations_across_the_edge_of_the_window(name, tmp_path):
     """Prompts within, at the edge of and beyond their window, left-padded beside each other, continued beyond."""
+    continues_alike(name, tmp_path / "hf", count=24, **CACHED[name])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", list(CACHED))
+def test_long_continuations_across_the_edge_of_the_window(name, tmp_path):
     continues_alike(name, tmp_path / "hf", **CACHED[name])
 
 
@@ -71,18 +89,18 @@ def test_continuations_of_every_other_model(name, tmp_path):
     continues_alike(name, tmp_path / "hf")
 
 
-def continues_alike(name, directory, strategy=None, **more):
+def continues_alike(name, directory, strategy=None, count=48, **more):
     save_model(name, directory, **more)
     prompts = [np.random.default_rng(n).integers(3, 199, n).tolist() for n in (3, 31, 70)]
     model = llmtune.load(directory, strategy=strategy)
-    assert model.generate(prompts, max_new_tokens=48) == reference_completions(directory, prompts, 48, [2])
+    assert model.generate(prompts, max_new_tokens=count) == reference_completions(directory, prompts, count, [2])
     return model
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("mixtral", "expert"), ("ministral, interleaved windows", "tensor")])
 def test_continuations_of_a_sharded_model(name, strategy, tmp_path):
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 200, "head_dim": 16}
-    assert continues_alike(name, tmp_path / "hf", strategy, **sizes).mesh.size == 8
+    assert continues_alike(name, tmp_path / "hf", strategy, count=8, **sizes).mesh.size == 8
 
 
 def test_the_end_of_a_completion(stories):

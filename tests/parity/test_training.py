@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import llmtune
 from tests.parity.reference import load_reference, save_model
 from tests.parity.torch_training import cosine, load_peer, loss_with_routing, train_peer
-from tests.runs import STEPS, curve, run_config, write_rows
+from tests.runs import FULL_BY_DAY, LORA_BY_DAY, STEPS, curve, run_config, write_rows
 
 
 def fresh_adapter(model_directory, path, **settings):
@@ -74,7 +74,7 @@ def test_lora_follows_peft_from_the_same_adapter(stories, batches, tmp_path, set
     np.testing.assert_allclose(trained, theirs, atol=2e-3)  # twenty steps of two implementations apart
 
 
-@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapt", LORA_BY_DAY)
 def test_microbatches_of_unequal_token_counts_change_nothing(stories, batches, tmp_path, adapt):
     tokens, labels = batches
     labels = labels.copy()
@@ -91,7 +91,7 @@ def test_microbatches_of_unequal_token_counts_change_nothing(stories, batches, t
         np.testing.assert_allclose(norms, curves[0][1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapt", FULL_BY_DAY)
 def test_a_mixture_of_experts_follows_torch_with_its_routing_loss(tmp_path, adapt):
     """Full fine-tuning against torch; with an adapter, that only attention is adapted and that peft reads what was exported."""
     base = save_model("mixtral", tmp_path / "hf", num_hidden_layers=2, router_aux_loss_coef=0.1)

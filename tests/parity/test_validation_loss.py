@@ -3,6 +3,7 @@
 The peer is transformers (+ peft), its own tokenizer, one padded example per row, torch's AdamW.
 """
 
+import itertools
 import json
 import random
 
@@ -123,9 +124,15 @@ def peer(directory, parts, adapt, steps, batch_size):
     return before, held_out_loss()
 
 
-@pytest.mark.parametrize("size", ["small", pytest.param("whole", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("data", [gsm8k, shakespeare])
+BY_DAY = ((gsm8k, True, "small"), (shakespeare, False, "small"))  # either kind of data, either kind of training
+GRID = [
+    pytest.param(*case, id=f"{case[0].__name__}-{'lora' if case[1] else 'full'}-{case[2]}",
+                 marks=[] if case in BY_DAY else [pytest.mark.nightly])
+    for case in itertools.product((gsm8k, shakespeare), (False, True), SIZES)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "adapt", "size"), GRID)
 def test_held_out_loss_ends_where_the_peers_does(assets, stories, tmp_path, data, adapt, size):
     steps, batch_size, *rows = SIZES[size]
     parts = data(assets, *rows)

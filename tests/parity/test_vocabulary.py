@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune
 from tests.checkpoints_convert.test_peft_whole import make_adapter, resized
-from tests.parity.reference import save_model
+from tests.parity.reference import load_reference, save_model
 from tests.parity.torch_training import cosine, token_loss, train_peer
 from tests.runs import curve, run_config, write_rows
 from tests.training.interruption import StoppingDisplay
@@ -59,6 +59,20 @@ def grown_run(directory, base, rows, name="run", **sections):
 def logits(model):
     with torch.no_grad():
         return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+def test_a_text_tower_grows_where_its_configuration_says(stories, rows, tmp_path):
+    """Its vocabulary stands in text_config, its embedding a module deeper."""
+    base = save_model("mistral 3, text tower", tmp_path / "base", vocab_size=512)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(stories / file, base)
+    curve(grown_run(tmp_path, base, rows, train={"steps": 1, "batch_size": 2, "dtype": "float32"}))
+    ours, merged = llmtune.load(tmp_path / "run"), llmtune.load(tmp_path / "run/export/model")
+    assert ours.config.vocab_size == merged.config.vocab_size == 576
+    written = json.loads((tmp_path / "run/export/model/config.json").read_text())
+    assert written["text_config"]["vocab_size"] == 576 and "vocab_size" not in written
+    np.testing.assert_allclose(ours.logits(TOKENS), merged.logits(TOKENS), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(load_reference(tmp_path / "run/export/model")), merged.logits(TOKENS), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,12 +29,14 @@ MISTRAL_V3 = """
   {%- elif m.tool_calls is defined and m.tool_calls %}
     {{- '[TOOL_CALLS] [' }}
     {%- for c in m.tool_calls %}
+      {%- if c.id is not defined or c.id | length != 9 %}{{ raise_exception('Tool call IDs must have length 9!') }}{% endif %}
       {{- '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson + ', "id": "' + c.id + '"}' }}
       {{- ', ' if not loop.last else ']' + eos_token }}
     {%- endfor %}
   {%- elif m.role == 'assistant' %}
     {{- ' ' + m.content | trim + eos_token }}
   {%- elif m.role == 'tool' %}
+    {%- if m.tool_call_id | length != 9 %}{{ raise_exception('Tool call IDs must have length 9!') }}{% endif %}
     {{- '[TOOL_RESULTS] {"content": ' + m.content | tojson + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
   {%- else %}
     {{- raise_exception('Only user, assistant and tool roles are supported!') }}

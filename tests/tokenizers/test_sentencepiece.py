@@ -118,11 +118,11 @@ def test_lone_surrogates_are_refused_in_one_line(ours):
             ours.encode("ab\ud83dc", allow_special=allow_special)
 
 
-def test_a_tokenizer_must_fit_the_models_vocabulary(ours):
+def test_a_tokenizer_must_fit_the_models_vocabulary(ours, tmp_path):
     for size in (ours.vocab_size, ours.vocab_size + 64):
-        check_fits(ours, ModelConfig("LlamaForCausalLM", size, 8, 8, 1, 1, 1, 8))
-    with pytest.raises(LlmtuneFormatError, match="do not belong together"):
-        check_fits(ours, ModelConfig("LlamaForCausalLM", ours.vocab_size - 1, 8, 8, 1, 1, 1, 8))
+        check_fits(ours, ModelConfig("LlamaForCausalLM", size, 8, 8, 1, 1, 1, 8), tmp_path)
+    with pytest.raises(LlmtuneFormatError, match=f"{tmp_path}: .* do not belong together"):
+        check_fits(ours, ModelConfig("LlamaForCausalLM", ours.vocab_size - 1, 8, 8, 1, 1, 1, 8), tmp_path)
 
 
 def test_tokenizer_json_goes_before_a_model_file(stories):

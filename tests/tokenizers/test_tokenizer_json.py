@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -123,10 +124,12 @@ def fitted(vocab_size):
 
 
 def test_a_tokenizer_must_fit_the_models_vocabulary(ours):
-    check_fits(ours, fitted(ours.vocab_size))
-    check_fits(ours, fitted(ours.vocab_size + 64))
-    with pytest.raises(LlmtuneFormatError, match=f"ids up to {ours.vocab_size - 1}, the model's vocabulary has"):
-        check_fits(ours, fitted(ours.vocab_size - 1))
+    home = Path("models/mine")
+    check_fits(ours, fitted(ours.vocab_size), home)
+    check_fits(ours, fitted(ours.vocab_size + 64), home)
+    said = f"models/mine: its tokenizer gives ids up to {ours.vocab_size - 1}, the model's vocabulary has"
+    with pytest.raises(LlmtuneFormatError, match=said):
+        check_fits(ours, fitted(ours.vocab_size - 1), home)
 
 
 @pytest.fixture

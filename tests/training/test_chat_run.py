@@ -90,6 +90,23 @@ def test_twenty_chats_learned_by_heart_are_answered_and_stop(make_run, tmp_path,
     assert main(["generate", str(tmp_path / "run"), "--chat", "--system", "Otto met Mira.", *prompts[:2]]) == 0
 
 
+def test_an_adapter_on_its_base_is_asked_as_it_was_trained(make_run, tmp_path, starter, capsys):
+    """The base has no template, or another: the adapter's directory says the one that its rows had."""
+    llmtune.train(make_run(
+        steps=1, data={"chat_template": str(tmp_path / "chat.jinja")}, adapt={"method": "lora", "rank": 2},
+    ))  # fmt: skip
+    ask = ["--chat", "--prompt", "What did the fox find?", "--max-new-tokens", "8"]
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), *ask]) == 0
+    expected = capsys.readouterr().out
+    base = shutil.copytree(starter, tmp_path / "base")
+    for other in (None, "{{ raise_exception('the template of the base') }}"):
+        if other is not None:
+            (base / "chat_template.jinja").write_text(other)
+        assert main(["generate", str(base), "--adapter", str(tmp_path / "run/export/adapter"), *ask]) == 0
+        assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--chat"], "the model has no chat template; give --chat-template"),
     (["--chat", "--chat-template", "nothing"], "chat template nothing"),

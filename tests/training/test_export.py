@@ -11,7 +11,7 @@ import llmtune
 from llmtune.chat import find_template
 from llmtune.tokenizers.conversation import Conversation, Message
 from llmtune.training.export import write_ends
-from tests.runs import run_config
+from tests.runs import FULL_BY_DAY, LORA_BY_DAY, run_config
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>' }}{% endfor %}"
@@ -40,7 +40,7 @@ def chat_run(stories, tmp_path):
     return chat_run
 
 
-@pytest.mark.parametrize("adapt", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapt", LORA_BY_DAY)
 def test_other_programs_find_the_chat_template_and_the_end_of_a_turn(chat_run, adapt):
     path = chat_run(adapt=adapt)
     theirs = AutoTokenizer.from_pretrained(path / "export/model")
@@ -61,7 +61,7 @@ def test_other_programs_find_the_chat_template_and_the_end_of_a_turn(chat_run, a
     assert ids.count(end) == 1  # that of the template; what the user says stays text
 
 
-@pytest.mark.parametrize("adapt", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapt", FULL_BY_DAY)
 def test_another_tokenizer_is_exported_with_the_models_own_notices(chat_run, stories, tmp_path, adapt):
     other = tmp_path / "other"
     other.mkdir()

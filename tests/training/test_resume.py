@@ -13,7 +13,7 @@ import pytest
 
 import llmtune
 from llmtune.errors import LlmtuneError
-from tests.runs import curve, read_curve, run_config, write_rows
+from tests.runs import LORA_BY_DAY, curve, read_curve, run_config, write_rows
 from tests.training.interruption import train_until
 
 
@@ -32,7 +32,7 @@ def small_run(directory, model, data, name="run", **sections):
     return run_config(directory, model, data, name=name, **{**defaults, **sections})
 
 
-@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapt", LORA_BY_DAY)
 def test_stopped_twice_and_resumed_the_curve_is_bit_identical(stories, data, tmp_path, adapt):
     whole = curve(small_run(tmp_path, stories, data, "whole", adapt=adapt))
     run = small_run(tmp_path, stories, data, "stopped", adapt=adapt)

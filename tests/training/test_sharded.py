@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 import llmtune
-from tests.runs import curve, read_curve, run_config, write_rows
+from tests.runs import ADAPT, curve, read_curve, run_config, write_rows
 from tests.training.interruption import StoppingDisplay, train_until
 
-ADAPT = {"full": None, "lora": {"rank": 4, "alpha": 8}}
 STRATEGIES = {
     "fsdp": {"strategy": "fsdp"},
     "tensor": {"strategy": "tensor", "mesh": {"fsdp": 2, "tensor": 4}},
@@ -34,8 +33,12 @@ def train_section(**options):
     return {"steps": 20, "batch_size": 4, "dtype": "float32", **options}
 
 
-@pytest.mark.parametrize("adapt", list(ADAPT))
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
+PAIRS = [("fsdp", "full"), ("tensor", "lora"), *(
+    pytest.param(*pair, marks=pytest.mark.nightly) for pair in (("fsdp", "lora"), ("tensor", "full"))
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "adapt"), PAIRS)
 def test_eight_devices_train_like_one(stories, data, single, tmp_path, strategy, adapt):
     run = run_config(tmp_path, stories, data, adapt=ADAPT[adapt], sharding=STRATEGIES[strategy], train=train_section())
     losses, norms = curve(run, devices=8)  # under fsdp, four rows on eight devices: half of them get empty rows

@@ -21,7 +21,7 @@ from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
 from llmtune.transforms import adapters, everything, identity, lora, partition
 from llmtune.weights import materialize
-from tests.runs import run_config
+from tests.runs import LORA_BY_DAY, run_config
 
 # every size is a different prime times two, so that a matrix is known by its shape
 CONFIG = ModelConfig("LlamaForCausalLM", 2 * 53, 2 * 11, 2 * 31, 2, 2, 1, 2 * 7)
@@ -83,7 +83,7 @@ def test_rematerialisation_changes_no_number(remat):
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("adapt", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
+@pytest.mark.parametrize("adapt", LORA_BY_DAY)
 def test_one_compile_per_run(stories, assets, tmp_path, caplog, adapt):
     """Ragged real text, packed, a last batch that is not full, evaluation in between: still one train and one loss step."""
     text = (assets / "data" / "tinyshakespeare.txt").read_text()

@@ -60,6 +60,8 @@ class Model:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise LlmtuneConfigError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}")
         batch = tokens.shape[0]
+        if _documents(segment_ids) > 1 and self.bind(self.params).decoder().virtual_tokens():
+            raise LlmtuneConfigError("segment_ids: with virtual tokens (a prompt or a prefix) a row holds one document")
         extra = -batch % axis_size(self.mesh, self.strategy.spec("batch")[0])
         layout = NamedSharding(self.mesh, self.strategy.spec("batch", "seq"))
         with jax.set_mesh(self.mesh):
@@ -169,6 +171,11 @@ def build_params(
     with jax.set_mesh(mesh):
         params = pretrained.load(source, declared, mesh, strategy, dtype=dtype, seed=seed, progress=progress)
         return transform.apply(params, materialize(additions, jax.random.key(seed), mesh, strategy))
+
+
+def _documents(segment_ids: np.ndarray) -> int:
+    """The largest number of documents in a row."""
+    return max((len(set(row) - {0}) for row in segment_ids.tolist()), default=0)
 
 
 def document_positions(segment_ids: np.ndarray) -> np.ndarray:

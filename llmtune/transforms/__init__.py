@@ -4,12 +4,14 @@ from llmtune.transforms.lora import Factors, lora, lora_from
 from llmtune.transforms.merge import merge
 from llmtune.transforms.partition import adapters, adapters_and, combine, everything, partition
 from llmtune.transforms.select import select, weights_by_path
+from llmtune.transforms.slots import fill, slots
 from llmtune.transforms.transform import Params, Transform, chain, identity
+from llmtune.transforms.virtual import p_tuning, prefix_from, prefix_tuning, prompt_from, prompt_tuning
 from llmtune.transforms.vocabulary import resize_vocabulary, without_vocabulary_axis
 from llmtune.transforms.whole import EMBEDDING, HEAD, given_whole, select_whole, train_whole
 
 __all__ = [
-    "EMBEDDING", "HEAD", "Factors", "Params", "Transform", "adapters", "adapters_and", "chain", "combine", "everything",
-    "given_whole", "identity", "lora", "lora_from", "merge", "partition", "resize_vocabulary", "select", "select_whole",
+    "EMBEDDING", "HEAD", "Factors", "Params", "Transform", "adapters", "adapters_and", "chain", "combine", "everything", "fill",
+    "given_whole", "identity", "lora", "lora_from", "merge", "p_tuning", "partition", "prefix_from", "prefix_tuning", "prompt_from", "prompt_tuning", "resize_vocabulary", "select", "select_whole", "slots",
     "train_whole", "weights_by_path", "without_vocabulary_axis",
 ]  # fmt: skip

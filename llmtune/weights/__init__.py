@@ -3,16 +3,22 @@
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator, is_operator, map_fields
+from llmtune.weights.operator import Node, Operator, is_operator, map_fields, without_dense
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
+from llmtune.weights.virtual import EncodedPrompt, Prefix, Prompt, VirtualPrompt, places, put
 
 __all__ = [
     "ArraySpec",
+    "EncodedPrompt",
     "Initializer",
     "LoRA",
+    "Node",
     "Operator",
+    "Prefix",
+    "Prompt",
     "Tied",
+    "VirtualPrompt",
     "Weight",
     "add_bias",
     "constant",
@@ -26,7 +32,10 @@ __all__ = [
     "materialize",
     "normal",
     "path_name",
+    "places",
+    "put",
     "shardings",
     "unembed",
     "uniform",
+    "without_dense",
 ]

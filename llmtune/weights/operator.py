@@ -12,10 +12,20 @@ from typing import Any, ClassVar
 import jax
 
 
-class Operator(abc.ABC):
-    """What every weight operator does. Subclasses are frozen dataclasses registered as pytree nodes, and final."""
+class Node(abc.ABC):
+    """More than an array in a tree of weights: an operator in the place of a matrix, or what fills an optional slot.
+
+    Subclasses are frozen dataclasses registered as pytree nodes, and abstract or final.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
+    has_dense: ClassVar[bool] = False  # whether a plain array can stand in its place
+
+
+class Operator(Node):
+    """What every weight operator does."""
+
+    has_dense: ClassVar[bool] = True
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -32,8 +42,16 @@ class Operator(abc.ABC):
 
 
 def is_operator(leaf: Any) -> bool:
-    """For `is_leaf` of tree functions that map weights rather than arrays."""
-    return isinstance(leaf, Operator)
+    """For `is_leaf` of tree functions that map weights rather than arrays: true of what fills a slot too."""
+    return isinstance(leaf, Node)
+
+
+def without_dense(weight: Any) -> Node | None:
+    """The first node of a weight, itself or one that it is built on, that no plain array can stand for."""
+    if not isinstance(weight, Node):
+        return None
+    own = (without_dense(getattr(weight, field.name)) for field in fields(weight))  # type: ignore[arg-type]
+    return weight if not weight.has_dense else next((node for node in own if node is not None), None)
 
 
 def map_fields(function: Callable[[Any, bool], Any], weight: Any) -> Any:
@@ -43,7 +61,7 @@ def map_fields(function: Callable[[Any, bool], Any], weight: Any) -> Any:
     """
 
     def descend(node: Any, trainable: bool) -> Any:
-        if not isinstance(node, Operator):
+        if not isinstance(node, Node):
             return function(node, trainable)
         names = {field.name for field in fields(node) if not field.metadata.get("static", False)}  # type: ignore[arg-type]
         children = {name: descend(getattr(node, name), trainable and name in node.trainable) for name in names}

@@ -25,4 +25,5 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         del counted
         gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
-        return self.down(jax.nn.silu(gate) * up), {}
+        out, adapter = self.down(jax.nn.silu(gate) * up), self.adapter.get_value()
+        return out if adapter is None else out + adapter.change(x), {}

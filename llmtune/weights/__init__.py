@@ -1,6 +1,9 @@
 """Weights: arrays or operators, and the four doors through which models touch them. Stands on `sharding` only."""
 
+from llmtune.weights.bank import Bank
+from llmtune.weights.bottleneck import Bottleneck, Branch, Parallel
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
+from llmtune.weights.fusion import Fusion
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
 from llmtune.weights.operator import Node, Operator, is_operator, map_fields, without_dense
@@ -10,11 +13,16 @@ from llmtune.weights.virtual import EncodedPrompt, Prefix, Prompt, VirtualPrompt
 
 __all__ = [
     "ArraySpec",
+    "Bank",
+    "Bottleneck",
+    "Branch",
     "EncodedPrompt",
+    "Fusion",
     "Initializer",
     "LoRA",
     "Node",
     "Operator",
+    "Parallel",
     "Prefix",
     "Prompt",
     "Tied",

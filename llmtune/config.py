@@ -5,19 +5,12 @@ types and impossible combinations are refused with the key's path, before anythi
 """
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+from llmtune.adapt_config import METHODS, Adapt, check_adapt, sections
+from llmtune.config_key import key
 from llmtune.errors import LlmtuneConfigError
-
-
-def key(help: str, default: Any = MISSING, **options: Any) -> Any:
-    """A dataclass field with its help text."""
-    metadata = {"help": help, **options}
-    if isinstance(default, (dict, list)) or is_dataclass(default):
-        return field(default_factory=lambda: default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text", "tokens"]
 COLUMNS = (
@@ -67,26 +60,6 @@ class Data:
     add_tokens: list[str] = key("new words of the vocabulary: their spelling in any text is one token", [])
     add_special_tokens: list[str] = key("new control tokens: only a chat template's own text makes them", [])
     pad_vocabulary_to: int = key("a vocabulary that added tokens outgrow is rounded up to a multiple of this", 64)
-
-
-@dataclass(frozen=True)
-class Adapt:
-    """A parameter transform; without this section all weights train."""
-
-    method: Literal["lora"] = key("which transform", "lora")
-    rank: int = key("of the low-rank factors", 16)
-    alpha: float = key("scale of the adapter: alpha / rank", 32)
-    targets: str | list[str] = key(
-        "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear"
-    )
-    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    modules_to_save: list[str] = key(
-        "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)",
-        [],
-    )
-    from_: str | None = key(
-        "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold", None, alias="from"
-    )
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,9 @@ class Run:
     output: str = key("the run's directory; the same configuration on it resumes")
     data: Data = key("data")
     objective: Literal["pretrain", "sft"] = key("pretrain: every token is a target; sft: completions are", "sft")
-    adapt: Adapt | None = key("a parameter transform; absent: full fine-tuning", None)
+    adapt: Adapt | None = key(
+        "a parameter transform, or a list of them; absent: full fine-tuning", None, methods=METHODS
+    )
     optimizer: Optimizer = key("optimizer", Optimizer())
     train: Train = key("training", Train())
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
@@ -170,7 +145,7 @@ def check(run: Run) -> None:
         if not condition:
             raise LlmtuneConfigError(f"{path}: {said}")
 
-    data, adapt, optimizer, train = run.data, run.adapt, run.optimizer, run.train
+    data, optimizer, train = run.data, run.optimizer, run.train
     for path, given in (("data.train", data.train), ("data.validation", data.validation)):
         sources = sources_of(given)
         require((bool(sources) and all(own.path for own in sources)) or given is None, path, "no file is given")
@@ -216,20 +191,12 @@ def check(run: Run) -> None:
         "optimizer.clip_norm",
         "must be positive, or null for none",
     )
-    if adapt is not None:
-        require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
-        require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")
-        require(bool(adapt.targets), "adapt.targets", "no target is given")
-        require(
-            adapt.from_ is None or not adapt.modules_to_save,
-            "adapt.modules_to_save",
-            "the adapter that adapt.from names says this; leave it out",
-        )
-        require(
-            adapt.from_ is None or not added,
-            added[0][0] if added else "data",
-            "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
-        )
+    check_adapt(run.adapt, require)
+    require(
+        not added or all(section.from_ is None for section in sections(run.adapt)),
+        added[0][0] if added else "data",
+        "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
+    )
     for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
                         ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
                         ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
@@ -253,12 +220,19 @@ def _require_columns(path: str, columns: dict[str, str]) -> None:
 
 
 def key_reference(kind: type = Run, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(key path, type, default, help) of every key, sections followed by their keys."""
+    """(key path, type, default, help) of every key, sections followed by their keys.
+
+    Of a section that is one of several methods, the keys of the default one; those of the others under `adapt[dora].`.
+    """
     hints, rows = get_type_hints(kind), []
     for entry in fields(kind):
         path = f"{prefix}{entry.metadata.get('alias', entry.name)}"
         section = next((part for part in _parts(hints[entry.name]) if is_dataclass(part)), None)
-        if section is not None:
+        methods = entry.metadata.get("methods")
+        if methods is not None:
+            for number, (method, own) in enumerate(methods.items()):
+                rows += key_reference(own, f"{path}[{method}]." if number else f"{path}.")
+        elif section is not None:
             rows += key_reference(section, f"{path}.")  # type: ignore[arg-type]
         else:
             rows.append((path, _type_text(hints[entry.name]), _default_text(entry), entry.metadata["help"]))

@@ -1,12 +1,12 @@
 """Bottleneck adapters as transforms: sequential ones around output projections, parallel ones in the slots of the MLPs.
 
-    {"o": {"kernel": W}}     --sequential_adapters-->   {"o": {"kernel": Bottleneck(W, Branch(down, ..., up, ...))}}
+    {"o": {"kernel": W}}         --sequential_adapters-->   {"o": {"kernel": Bottleneck(W, Branch(down, ..., up, ...))}}
     {"mlp": {"adapter": None}}   --parallel_adapters-->     {"mlp": {"adapter": Parallel(Branch(...), scale)}}
 
 `up` begins at zero: a fresh adapter is the identity.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,96 +16,116 @@ from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.select import weights_by_path
 from llmtune.transforms.slots import empty_slots, fill
 from llmtune.transforms.transform import Params, Transform
-from llmtune.weights import ArraySpec, Bottleneck, Branch, Fusion, Initializer, Parallel, constant, is_operator
-from llmtune.weights import normal, path_name, uniform
+from llmtune.weights import ArraySpec, Bottleneck, Branch, Parallel, constant, is_operator, path_name, uniform
 
 ATTENTION, MLP, ADAPTER = "attention/o/kernel", "mlp/down/kernel", "mlp/adapter"
 PLACES = {"houlsby": (ATTENTION, MLP), "pfeiffer": (MLP,)}  # where each paper puts them in a block
-FIELDS = ("down", "down_bias", "up", "up_bias")
-Branches = Mapping[str, Mapping[str, np.ndarray]]  # path -> the fields of a Branch, stacked over layers
+AXES = {"down": ("embed", "rank"), "down_bias": ("rank",), "up": ("rank", "embed"), "up_bias": ("embed",)}
+Values = Mapping[str, np.ndarray]  # the fields of a Branch: down [L, hidden, size], down_bias [L, size], up, up_bias
 
 
 def sequential_adapters(method: str, *, size: int) -> Transform:
     """Fresh bottlenecks of this width; `method`: houlsby (after attention and after the MLP) or pfeiffer (the MLP alone)."""
 
-    def init(declared: Params) -> dict[str, Any]:
+    def init(declared: Params) -> dict[str, dict[str, ArraySpec]]:
+        _check_size(size)
         weights = weights_by_path(declared)
-        return {path: _fresh(weights[path].shape, size) for path in _projections(declared, method)}
+        found = [path for path in weights if path.endswith(PLACES[method])]
+        missing = [place for place in PLACES[method] if not any(path.endswith(place) for path in found)]
+        if missing:
+            raise LlmtuneConfigError(
+                f"adapt.method: {method}: this model has no single {missing[0]} to put an adapter after (experts?); "
+                "method parallel_adapter stands beside any MLP"
+            )
+        return {path: _fresh(weights[path].shape[0], weights[path].shape[-1], size) for path in found}
 
     return Transform(init, _wrap)
 
 
-def sequential_from(branches: Branches) -> Transform:
-    """Bottlenecks with given values, read from a file."""
+def sequential_from(branches: Mapping[str, Values]) -> Transform:
+    """Bottlenecks with given values, by the path of the projection that they follow."""
 
-    def init(declared: Params) -> dict[str, Any]:
+    def init(declared: Params) -> dict[str, dict[str, ArraySpec]]:
         weights = weights_by_path(declared)
-        return {path: _checked(path, weights, values) for path, values in branches.items()}
+        return {path: given_branch(path, weights.get(path), values) for path, values in branches.items()}
 
     return Transform(init, _wrap)
 
 
 def parallel_adapters(*, size: int, scale: float = 4.0) -> Transform:
-    """Fresh branches beside every MLP, scaled (He et al. 2022 find 4 best)."""
+    """Fresh branches beside every MLP, their sum scaled (4 is what He et al. use)."""
 
-    def declare(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"branch": _fresh(shape, size), "scale": ArraySpec(shape[:1], ("layers",), init=constant(scale))}
+    def declare(path: str, layers: int, hidden: int) -> dict[str, Any]:
+        _check_size(size)
+        return {"branch": _fresh(layers, hidden, size), "scale": ArraySpec((layers,), ("layers",), init=constant(scale))}
 
     return _parallel(declare)
 
 
-def parallel_from(branches: Branches, scale: Mapping[str, np.ndarray]) -> Transform:
-    """Branches with given values, by the path of their slot, and the scale [L] of each."""
+def parallel_from(branches: Mapping[str, Values], scales: Mapping[str, np.ndarray]) -> Transform:
+    """Branches with given values, by the path of their slot, and the scale float32 [L] of each."""
 
-    def declare(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    def declare(path: str, layers: int, hidden: int) -> dict[str, Any]:
         if path not in branches:
             raise LlmtuneFormatError(f"adapter: it brings nothing for {path}; it was made for another base model")
-        return {
-            "branch": _given(path, shape, branches[path]),
-            "scale": ArraySpec(shape[:1], ("layers",), init=scale[path]),
-        }
+        base = ArraySpec((layers, hidden, hidden), ("layers", "embed", "embed"))
+        branch = given_branch(path, base, branches[path])
+        return {"branch": branch, "scale": ArraySpec((layers,), ("layers",), init=scales[path])}
 
     return _parallel(declare)
 
 
-def fusion_from(adapters: Sequence[Branches]) -> Transform:
-    """Learned attention over these trained adapters, which stay as they are. They must stand in the same places."""
-    if len(adapters) < 2:
-        raise LlmtuneConfigError(f"adapt.adapters: fusion needs two adapters or more, got {len(adapters)}")
-    for n, other in enumerate(adapters):
-        if set(other) != set(adapters[0]):
-            odd = sorted(set(other) ^ set(adapters[0]))[0]
-            raise LlmtuneConfigError(f"adapt.adapters: adapters 0 and {n} stand in different places ({odd})")
-
-    def init(declared: Params) -> dict[str, Any]:
-        weights, additions = weights_by_path(declared), {}
-        for path in adapters[0]:
-            each = [_checked(path, weights, own[path]) for own in adapters]
-            additions[path] = {"branches": _stacked([{name: own[name].init for name in FIELDS} for own in each])}
-            layers, _, out = weights[path].shape
-            starts = {"query": normal(0.02), "key": normal(0.02), "value": identity_matrix}
-            for name, start in starts.items():
-                additions[path][name] = ArraySpec((layers, out, out), ("layers", "embed", None), init=start)
-        return additions
+def _parallel(declare: Callable[[str, int, int], dict[str, Any]]) -> Transform:
+    def init(declared: Params) -> dict[str, dict[str, Any]]:
+        weights = weights_by_path(declared)
+        hidden = weights["embed/table"].shape[-1]
+        depth = {path.split("/mlp_norm")[0]: w.shape[0] for path, w in weights.items() if path.endswith("/mlp_norm/weight")}
+        paths = empty_slots(declared, ADAPTER, "parallel_adapter")
+        return {path: declare(path, depth[path.removesuffix(f"/{ADAPTER}")], hidden) for path in paths}
 
     def apply(params: Params, additions: Mapping[str, Any]) -> Params:
-        return _at(params, additions, lambda base, own: Fusion(base, Branch(**own["branches"]), *_heads(own)))
+        return fill(params, {path: Parallel(Branch(**own["branch"]), own["scale"]) for path, own in additions.items()})
 
     return Transform(init, apply)
 
 
-def fusion_with(branches: Branches, heads: Mapping[str, Mapping[str, np.ndarray]]) -> Transform:
-    """A trained fusion read from a file: branches stacked [L, adapters, ...], and query, key, value [L, out, out] by path."""
+def given_branch(path: str, base: Any, values: Values) -> dict[str, ArraySpec]:
+    """The declaration of a branch after `base` with these values, its shapes checked. Raises LlmtuneFormatError."""
+    if base is None:
+        raise LlmtuneFormatError(f"adapter: it adapts {path}, which this model does not have")
+    fresh = _fresh(base.shape[0], base.shape[-1], values["down"].shape[-1])
+    for name, spec in fresh.items():
+        if values[name].shape != spec.shape:
+            raise LlmtuneFormatError(
+                f"adapter: {path} has {name} of shape {values[name].shape} where this model needs {spec.shape}; "
+                "it was made for another base model"
+            )
+    return {name: ArraySpec(spec.shape, spec.axes, init=values[name]) for name, spec in fresh.items()}
 
-    def init(declared: Params) -> dict[str, Any]:
-        weights, additions = weights_by_path(declared), {}
-        for path, own in branches.items():
-            _checked(path, weights, {name: value[:, 0] for name, value in own.items()})
-            specs = {name: ArraySpec(v.shape, ("layers", "embed", None), init=v) for name, v in heads[path].items()}
-            additions[path] = {"branches": _specs(own, lead=("layers", None)), **specs}
-        return additions
 
-    def apply(params: Params, additions: Mapping[str, Any]) -> Params:
-        return _at(params, additions, lambda base, own: Fusion(base, Branch(**own["branches"]), *_heads(own)))
+def _fresh(layers: int, hidden: int, size: int) -> dict[str, ArraySpec]:
+    shapes = {"down": (hidden, size), "down_bias": (size,), "up": (size, hidden), "up_bias": (hidden,)}
+    starts = {"down": uniform(hidden**-0.5)}
+    return {
+        name: ArraySpec((layers, *shape), ("layers", *AXES[name]), init=starts.get(name, constant(0.0)))
+        for name, shape in shapes.items()
+    }
 
-    return Transform(init, apply)
+
+def _wrap(params: Params, additions: Mapping[str, Any]) -> Params:
+    return wrapped(params, {path: lambda base, own=own: Bottleneck(base, Branch(**own)) for path, own in additions.items()})
+
+
+def wrapped(params: Params, wraps: Mapping[str, Callable[[Any], Any]]) -> Params:
+    """The tree with `wraps[path](weight)` in the place of each weight that has one."""
+
+    def wrap(path: tuple[Any, ...], weight: Any) -> Any:
+        name = path_name(path)
+        return wraps[name](weight) if name in wraps else weight
+
+    return jax.tree_util.tree_map_with_path(wrap, params, is_leaf=is_operator)
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise LlmtuneConfigError(f"adapt.size: a bottleneck needs a width of 1 or more, got {size}")

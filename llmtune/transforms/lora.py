@@ -65,10 +65,9 @@ def lora_from(factors: Mapping[str, Factors], *, rslora: bool) -> Transform:
 
 
 def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
-    spec = _declared_matrix(base)
-    if "expert" in spec.axes:
+    if "expert" in base.axes:
         raise LlmtuneConfigError(f"adapt.targets: {path} holds experts, which LoRA does not adapt yet; leave them out")
-    (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = spec.shape, spec.axes
+    (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = base.shape, base.axes
     if rank < 1 or rank > min(n_in, n_out):
         raise LlmtuneConfigError(
             f"adapt.rank: {rank} does not fit {path}, a matrix of {n_in} x {n_out}; choose 1 to {min(n_in, n_out)}"
@@ -78,13 +77,6 @@ def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySp
         "b": ArraySpec((*lead, rank, n_out), (*lead_axes, "rank", out_axis)),
         "scale": ArraySpec(tuple(lead), tuple(lead_axes), init=constant(scale)),
     }
-
-
-def _declared_matrix(weight: Any) -> ArraySpec:
-    """The declaration of the matrix that a weight, or the innermost base of an operator, stands for."""
-    while isinstance(weight, LoRA):
-        weight = weight.base
-    return weight
 
 
 def _wrap(params: Params, additions: Mapping[str, Any], ranks: Mapping[str, Any], rslora: bool) -> Params:

@@ -3,7 +3,7 @@
     {"embed": {"table": bfloat16}}  --train_whole-->  {"embed": {"table": float32}}      a master copy that trains
     {"embed": {"table": W}}         --given_whole-->  {"embed": {"table": W'}}           values read from a file
 
-They stay plain arrays: `partition(params, adapters_and(paths))` is what makes them train.
+They stay plain arrays, and train: both transforms say so of these paths.
 """
 
 import difflib
@@ -65,7 +65,7 @@ def train_whole(paths: Sequence[str]) -> Transform:
         del additions
         return _at(params, dict.fromkeys(paths, _as_master))
 
-    return Transform(init, apply)
+    return Transform(init, apply, trains=lambda path, weight: path in paths)
 
 
 def given_whole(values: Mapping[str, np.ndarray]) -> Transform:
@@ -86,7 +86,7 @@ def given_whole(values: Mapping[str, np.ndarray]) -> Transform:
     def apply(params: Params, additions: Mapping[str, Any]) -> Params:
         return _at(params, {path: lambda _, __, new=new: new for path, new in additions.items()})
 
-    return Transform(init, apply)
+    return Transform(init, apply, trains=lambda path, weight: path in values)
 
 
 def _at(params: Params, changes: Mapping[str, Any]) -> Params:
@@ -106,7 +106,5 @@ def _as_master(path: str, weight: Any) -> Any:
 
 
 def _declaration(weight: Any) -> ArraySpec | None:
-    """The declaration of a weight, or of what the innermost base of an operator was declared as."""
-    while is_operator(weight):
-        weight = weight.base
-    return weight
+    """The declaration of a weight, or of what an operator stands for."""
+    return ArraySpec(weight.shape, weight.axes) if is_operator(weight) else weight

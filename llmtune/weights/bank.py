@@ -63,6 +63,11 @@ class Bank(Operator):
         """[..., in, out], that of the base."""
         return tuple(self.base.shape)
 
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes  # type: ignore[union-attr]
+
 
 def _chosen(factors: jax.Array, index: jax.Array) -> jax.Array:
     """[adapters, i, o] and int32 [batch] -> [batch, i, o]."""

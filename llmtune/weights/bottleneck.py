@@ -45,6 +45,11 @@ class Nonlinear(Operator):
         """[..., in, out], that of the base."""
         return tuple(self.base.shape)
 
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes  # type: ignore[union-attr]
+
 
 @final
 @jax.tree_util.register_dataclass

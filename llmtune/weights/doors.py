@@ -38,16 +38,20 @@ def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
     return x + gather(b.astype(x.dtype))
 
 
-def unembed(x: jax.Array, w: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+def unembed(x: jax.Array, w: Weight, out_axes: tuple[str | None, ...]) -> jax.Array:
     """[batch, seq, embed] x the transpose of an embedding table [vocab, embed] -> [batch, seq, vocab]."""
+    if isinstance(w, Operator):
+        return w.apply_transposed(x, out_axes)
     return contract(x, gather(w.astype(x.dtype)), "oi", out_axes)
 
 
-def embed_lookup(ids: jax.Array, w: jax.Array) -> jax.Array:
+def embed_lookup(ids: jax.Array, w: Weight) -> jax.Array:
     """Rows of a table: int32 [batch, seq], [vocab, embed] -> [batch, seq, embed] in the table's dtype.
 
     Ids and table may both be sharded, which explicit axes refuse in a gather; XLA places this one.
     """
+    if isinstance(w, Operator):
+        return w.lookup(ids)
     lookup = placed_by_compiler(lambda ids, w: w.at[ids].get(mode="clip"), "batch", "seq", "act_embed")
     return lookup(ids, gather(w))
 
@@ -60,7 +64,7 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     sharded, the sum over its parts.
     """
     if isinstance(w, Operator):
-        raise TypeError(f"{type(w).__name__} is not yet a weight of experts")
+        return w.expert_apply(x, group_sizes, out_axes)
     w = gather(w.astype(x.dtype))
     rows, matrices, sizes = (jax.typeof(array).sharding.spec for array in (x, w, group_sizes))
     summed = matrices[1]

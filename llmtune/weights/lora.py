@@ -51,3 +51,8 @@ class LoRA(Operator):
     def shape(self) -> tuple[int, ...]:
         """[..., in, out], that of the base."""
         return tuple(self.base.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes  # type: ignore[union-attr]

@@ -35,10 +35,27 @@ class Operator(Node):
     def dense(self) -> jax.Array:
         """The plain array [..., in, out] that it stands for, formed in float32."""
 
+    def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """`expert_linear` with this weight of experts [experts, in, out]."""
+        raise TypeError(f"{type(self).__name__} is not a weight of experts")
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        """`embed_lookup` with this table [vocab, embed]."""
+        raise TypeError(f"{type(self).__name__} is not a table of embeddings")
+
+    def apply_transposed(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """`unembed`: x [batch, seq, out] times the transpose of this weight [in, out]."""
+        raise TypeError(f"{type(self).__name__} has no product with its transpose")
+
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of `dense()`."""
+
+    @property
+    @abc.abstractmethod
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axes of `dense()`, where the fields are declared (`ArraySpec`), not held."""
 
 
 def is_operator(leaf: Any) -> bool:

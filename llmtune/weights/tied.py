@@ -32,3 +32,8 @@ class Tied(Operator):
     def shape(self) -> tuple[int, ...]:
         """[embed, vocab]."""
         return (self.table.shape[-1], self.table.shape[-2])
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """("embed", "vocab")."""
+        return self.table.axes[::-1]  # type: ignore[attr-defined]

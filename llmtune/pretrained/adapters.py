@@ -5,29 +5,20 @@ load_adapter(path, config)             a transform that adds it, and what it bri
 save_adapter(path, params, source)     a PEFT directory
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from checkpoints_convert import hf_weights, peft
 from checkpoints_convert.peft.lora import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
+from llmtune.pretrained.added import ADDED, Family, Weights
 from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
 from llmtune.transforms import Factors, Transform, chain, given_whole, lora_from, weights_by_path
-from llmtune.weights import LoRA, is_operator
-
-Weights = Mapping[str, Any]  # arrays and operators, by path
-
-
-class Family(NamedTuple):
-    """`given`: values as read -> the transform that puts them in; `collect`: weights -> values to write, None where none."""
-
-    given: Callable[[Any], Transform]
-    collect: Callable[[Weights], Any]
-
+from llmtune.weights import LoRA, Operator, is_operator
 
 def _lora_given(values: LoraValues) -> Transform:
     factors = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in values.factors.items()}
@@ -40,7 +31,7 @@ def _lora_collect(weights: Weights) -> LoraValues | None:
     return LoraValues(factors, any(weight.rslora for weight in adapters.values())) if adapters else None
 
 
-FAMILIES: dict[str, Family] = {"LORA": Family(_lora_given, _lora_collect)}
+FAMILIES: dict[str, Family] = {"LORA": Family(_lora_given, _lora_collect), **ADDED}
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ def save_adapter(
     Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
-    nested = [name for name, weight in weights.items() if is_operator(weight) and is_operator(weight.base)]
+    nested = [name for name, weight in weights.items() if isinstance(weight, Operator) and is_operator(weight.base)]
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     method, values = _collect(weights)

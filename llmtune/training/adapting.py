@@ -10,25 +10,84 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune import pretrained
-from llmtune.adapt_config import Lora
-from llmtune.transforms import Params, Transform, chain, full, lora, select_whole, train_whole
+from llmtune.adapt_config import (
+    AdapterFusion,
+    Houlsby,
+    Lora,
+    ParallelAdapter,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
+from llmtune.models.config import ModelConfig
+from llmtune.transforms import (
+    Params,
+    Transform,
+    chain,
+    full,
+    fusion_of,
+    lora,
+    p_tuning,
+    parallel_adapters,
+    prefix_tuning,
+    prompt_tuning,
+    select_whole,
+    sequential_adapters,
+    train_whole,
+)
 
-MakeTransform = Callable[[Any, Params], Transform]  # (section, declared weights that it is applied to) -> transform
+# (section, declared weights that it is applied to, what the model is) -> transform
+MakeTransform = Callable[[Any, Params, ModelConfig], Transform]
 
 
-def _lora(section: Lora, declared: Params) -> Transform:
+def _lora(section: Lora, declared: Params, config: ModelConfig) -> Transform:
     return lora(rank=section.rank, alpha=section.alpha, targets=section.targets, rslora=section.rslora)
 
 
-METHODS: dict[type, MakeTransform] = {Lora: _lora}
+def _prompt_tuning(section: PromptTuning, declared: Params, config: ModelConfig) -> Transform:
+    return prompt_tuning(virtual_tokens=section.virtual_tokens)
+
+
+def _p_tuning(section: PTuning, declared: Params, config: ModelConfig) -> Transform:
+    return p_tuning(virtual_tokens=section.virtual_tokens, encoder_hidden=section.encoder_hidden)
+
+
+def _prefix_tuning(section: PrefixTuning, declared: Params, config: ModelConfig) -> Transform:
+    return prefix_tuning(virtual_tokens=section.virtual_tokens)
+
+
+def _sequential(section: Houlsby | Pfeiffer, declared: Params, config: ModelConfig) -> Transform:
+    return sequential_adapters(section.method, size=section.size)
+
+
+def _parallel(section: ParallelAdapter, declared: Params, config: ModelConfig) -> Transform:
+    return parallel_adapters(size=section.size, scale=section.scale)
+
+
+def _fusion(section: AdapterFusion, declared: Params, config: ModelConfig) -> Transform:
+    return fusion_of([pretrained.read_branches(path, config) for path in section.adapters])
+
+
+METHODS: dict[type, MakeTransform] = {
+    Lora: _lora,
+    PromptTuning: _prompt_tuning,
+    PTuning: _p_tuning,
+    PrefixTuning: _prefix_tuning,
+    Houlsby: _sequential,
+    Pfeiffer: _sequential,
+    ParallelAdapter: _parallel,
+    AdapterFusion: _fusion,
+}
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """`whole`: the paths of weights that train in whole beside an adapter, and belong to it."""
+    """`whole`: the paths of weights that train in whole beside an adapter, and belong to it; `declared`: the weights adapted."""
 
     transform: Transform
     whole: tuple[str, ...]
+    declared: Params
 
 
 def choose_transform(
@@ -39,7 +98,7 @@ def choose_transform(
     `grown`: tokens were added, so that their rows must train.
     """
     if not sections:
-        return Adaptation(full, ())
+        return Adaptation(full, (), declared)
     transforms, whole, adapted = [], [], declared
     for section in sections:
         if section.from_ is not None:
@@ -47,8 +106,8 @@ def choose_transform(
             transforms.append(adapter.transform)
             whole += adapter.whole
         else:
-            transforms.append(METHODS[type(section)](section, adapted))
+            transforms.append(METHODS[type(section)](section, adapted, source.config))
         adapted = transforms[-1].apply(adapted, transforms[-1].init(adapted))
     rules = [rule for section in sections if section.from_ is None for rule in section.modules_to_save]
     own = select_whole(declared, [*rules, *(("embed_tokens", "lm_head") if grown else ())])
-    return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])))
+    return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])), adapted)

@@ -137,7 +137,7 @@ def load(
     source, on_top = pretrained.open_source(base), [*own, *adapters]
     for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
         source = pretrained.fit_to_adapter(source, adapter)
-        source = pretrained.as_exported(source, adapter.with_name("model"))
+        source = pretrained.as_exported(source, adapter)
     for adapter in adapters:
         source = pretrained.fit_to_adapter(source, adapter)
     graphdef, declared = declare(source.config)
@@ -231,7 +231,7 @@ def _run_directory(path: Path) -> tuple[str, list[Path]] | None:
     if not (path / "config.yaml").is_file() or (path / "config.json").exists():
         return None
     model, adapter = path / "export" / "model", path / "export" / "adapter"
-    if not model.is_dir():
+    if not model.is_dir() and not adapter.is_dir():
         raise LlmtuneConfigError(
             f"{path}: this run has no export yet; let it finish (the same train command resumes it)"
         )

@@ -13,6 +13,7 @@ from typing import Any
 from checkpoints_convert import hf_weights, peft
 from checkpoints_convert.peft.lora import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
+from checkpoints_convert.safetensors_reader import read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.pretrained.added import ADDED, Family, Weights
@@ -32,6 +33,9 @@ def _lora_collect(weights: Weights) -> LoraValues | None:
 
 
 FAMILIES: dict[str, Family] = {"LORA": Family(_lora_given, _lora_collect), **ADDED}
+
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,15 @@ def fit_to_adapter(source: Source, path: str | Path) -> Source:
     return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
 
 
-def as_exported(source: Source, path: Path) -> Source:
-    """The base with the tokenizer, and the ends of a text, that the merged export of its adapter has."""
+def as_exported(source: Source, adapter: Path) -> Source:
+    """The base with the tokenizer, and the ends of a text, that the export of a run has.
+
+    They lie in the merged model beside the adapter; where it could not be merged, with the adapter.
+    """
+    path = adapter.with_name("model")
+    if not path.is_dir():
+        ends = read_json(adapter / GENERATION)["eos_token_id"]
+        return replace(source, config=replace(source.config, eos_token_ids=tuple(ends)))
     config = replace(source.config, eos_token_ids=open_source(str(path)).config.eos_token_ids)
     return replace(source, config=config, companions=(*source.companions, path))
 

@@ -12,15 +12,20 @@ from llmtune.transforms.select import weights_by_path
 from llmtune.weights import Operator, dense, is_operator, without_dense
 
 
+def not_mergeable(params: Any) -> tuple[str, str] | None:
+    """(path, what is there) of the first weight for which no plain array can stand; None where all merge."""
+    nodes = ((path, without_dense(weight)) for path, weight in weights_by_path(params).items())
+    return next(((path, type(node).__name__) for path, node in nodes if node is not None), None)
+
+
 def refuse_without_dense(params: Any) -> None:
     """Raise LlmtuneConfigError naming the first weight for which no plain array can stand."""
-    for path, weight in weights_by_path(params).items():
-        node = without_dense(weight)
-        if node is not None:
-            raise LlmtuneConfigError(
-                f"merge: {path} holds {type(node).__name__}, which no matrix can stand for; "
-                "save_adapter() writes the adapter, and the base stays as it is"
-            )
+    found = not_mergeable(params)
+    if found is not None:
+        raise LlmtuneConfigError(
+            f"merge: {found[0]} holds {found[1]}, which no matrix can stand for; save_adapter() writes the adapter, and the "
+            "base stays as it is"
+        )
 
 
 def merge(params: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import llmtune
 from tests.parity.reference import save_model
-from tests.parity.torch_training import cosine, load_peer, train_peer
+from tests.parity.torch_training import cosine, train_peer
 from tests.runs import STEPS, curve, run_config, write_rows
 
 METHODS = {
@@ -25,10 +25,14 @@ METHODS = {
 TOKENS = np.random.default_rng(0).integers(3, 199, (2, 50))
 
 
-def make_adapter(base, path, method):
+def fresh(base, method):
     torch.manual_seed(0)
     config = copy.deepcopy(METHODS[method])  # peft fills in the base's shape
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).save_pretrained(path)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+
+
+def make_adapter(base, path, method):
+    fresh(base, method).save_pretrained(path)
     return path
 
 
@@ -104,11 +108,12 @@ def token_loss(model, tokens, labels, *, virtual):
 
 @pytest.mark.parametrize(("method", "virtual"), [("prompt", 7), ("prefix", 0)])
 def test_twenty_steps_follow_peft(stories, batches, tmp_path, method, virtual):
-    adapter = make_adapter(stories, tmp_path / "adapter", method)
+    model = fresh(stories, method)  # peft takes up no prompt from a directory
+    model.save_pretrained(adapter := tmp_path / "adapter")
     data = write_rows(tmp_path / "rows.jsonl", *batches)
     losses, norms = curve(run_config(tmp_path, stories, data, adapt={"from": str(adapter)}))
     peer = train_peer(
-        load_peer(stories, adapter), zip(*batches, strict=True), learning_rate=1e-3, schedule=cosine(STEPS, 3),
+        model, zip(*batches, strict=True), learning_rate=1e-3, schedule=cosine(STEPS, 3),
         weight_decay=0.1, clip_norm=1.0, loss_of=functools.partial(token_loss, virtual=virtual),
     )  # fmt: skip
     np.testing.assert_allclose(losses, [loss for loss, _ in peer], rtol=1e-4)

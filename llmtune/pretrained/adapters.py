@@ -5,7 +5,7 @@ load_adapter(path, config)             a transform that adds it, and what it bri
 save_adapter(path, params, source)     a PEFT directory
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from checkpoints_convert import hf_weights, peft
 from checkpoints_convert.peft.lora import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
 from checkpoints_convert.safetensors_reader import read_json
-from llmtune.errors import LlmtuneConfigError
+from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.pretrained.added import ADDED, Family, Weights
 from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
@@ -78,6 +78,15 @@ def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
     if adapter.values is not None:
         transform = chain(transform, FAMILIES[adapter.method].given(adapter.values))
     return LoadedAdapter(transform, tuple(adapter.whole), adapter.method)
+
+
+def read_factors(path: str | Path, config: ModelConfig) -> Mapping[str, Factors]:
+    """The values of a LoRA directory, by path. One of another method, or that brings weights in whole, is refused."""
+    adapter = peft.read_adapter(Path(path), config)
+    if adapter.method != "LORA" or adapter.whole or not isinstance(adapter.values, LoraValues):
+        more = "weights in whole" if adapter.whole else f"the method {adapter.method}"
+        raise LlmtuneFormatError(f"{path}: it brings {more}; a bank is of LoRA adapters alone")
+    return {n: Factors(own.a, own.b, own.scale, own.ranks) for n, own in adapter.values.factors.items()}
 
 
 def save_adapter(

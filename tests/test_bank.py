@@ -65,7 +65,9 @@ def test_generation_with_a_cache(base, adapters, alone):
     together = llmtune.load_bank(base, adapters).rows(CHOSEN).generate(prompts, max_new_tokens=12)
     for name in dict.fromkeys(CHOSEN):
         served = alone[name].generate(prompts, max_new_tokens=12)
-        assert [together[k] for k in range(5) if CHOSEN[k] == name] == [served[k] for k in range(5) if CHOSEN[k] == name]
+        assert [together[k] for k in range(5) if CHOSEN[k] == name] == [
+            served[k] for k in range(5) if CHOSEN[k] == name
+        ]
 
 
 def test_what_a_bank_refuses(base, adapters, tmp_path):

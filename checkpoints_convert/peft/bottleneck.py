@@ -59,7 +59,10 @@ def read(directory: PeftDirectory, config: ModelConfig) -> Branches | None:
     if not found:
         return None
     fused = directory.settings.get("peft_type") == "LLMTUNE_FUSION"
-    fields = {path: {f: _stack(directory, path, f, own, config, fused) for f, own in each.items()} for path, each in found.items()}
+    fields = {
+        path: {f: _stack(directory, path, f, own, config, fused) for f, own in each.items()}
+        for path, each in found.items()
+    }
     for path, each in fields.items():
         odd = sorted({*BRANCH, *(HEADS if fused else ())} ^ set(each))
         if odd:
@@ -92,7 +95,12 @@ def write(values: Branches, config: ModelConfig) -> tuple[list[Entry], dict[str,
 
 
 def _stack(
-    directory: PeftDirectory, path: str, field: str, own: Mapping[tuple[int, int], np.ndarray], config: ModelConfig, fused: bool
+    directory: PeftDirectory,
+    path: str,
+    field: str,
+    own: Mapping[tuple[int, int], np.ndarray],
+    config: ModelConfig,
+    fused: bool,
 ) -> np.ndarray:
     """The layers of one field, [L, ...]; of a fusion's branches [L, adapters, ...]."""
     numbers = range(1 + max(number for _, number in own))
@@ -106,7 +114,9 @@ def _stack(
     shapes = {value.shape for value in own.values()}
     if len(shapes) > 1:
         raise LlmtuneFormatError(f"{directory.weights.path}: {path} has {field} of several shapes, {sorted(shapes)}")
-    stack = np.stack([np.stack([own[layer, number] for number in numbers]) for layer in range(config.num_hidden_layers)])
+    stack = np.stack(
+        [np.stack([own[layer, number] for number in numbers]) for layer in range(config.num_hidden_layers)]
+    )
     return stack if fused and field in BRANCH else stack[:, 0]
 
 

@@ -18,7 +18,12 @@ from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
 KEY = "prompt_embeddings"
-READ = {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"}  # each follows from the tensor and the base
+READ = {
+    "num_virtual_tokens",
+    "token_dim",
+    "num_attention_heads",
+    "num_layers",
+}  # each follows from the tensor and the base
 HARMLESS = {  # they say how the vectors came to be
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
     "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "prefix_projection",

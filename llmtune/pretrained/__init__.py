@@ -12,7 +12,14 @@ names and file formats.
     convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
-from llmtune.pretrained.adapters import LoadedAdapter, as_exported, fit_to_adapter, load_adapter, read_factors, save_adapter
+from llmtune.pretrained.adapters import (
+    LoadedAdapter,
+    as_exported,
+    fit_to_adapter,
+    load_adapter,
+    read_factors,
+    save_adapter,
+)
 from llmtune.pretrained.added import read_branches
 from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert
 from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save

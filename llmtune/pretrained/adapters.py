@@ -21,6 +21,7 @@ from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
 from llmtune.transforms import Factors, Transform, chain, given_whole, lora_from, weights_by_path
 from llmtune.weights import LoRA, Operator, is_operator
 
+
 def _lora_given(values: LoraValues) -> Transform:
     factors = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in values.factors.items()}
     return lora_from(factors, rslora=values.rslora)

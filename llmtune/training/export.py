@@ -52,7 +52,9 @@ def export_run(
     def complete_alone(partial: Path) -> None:
         complete(partial)
         ends = dict.fromkeys([*(source.config.eos_token_ids if tokenizer is None else ()), *data.end_ids])
-        (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}) + "\n", encoding="utf-8")
+        (partial / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": list(ends)}) + "\n", encoding="utf-8"
+        )
 
     if merged:
         pretrained.save(paths["model"], params, source, tokenizer=tokenizer, complete=complete_model)

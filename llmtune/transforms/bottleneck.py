@@ -57,7 +57,10 @@ def parallel_adapters(*, size: int, scale: float = 4.0) -> Transform:
 
     def declare(path: str, layers: int, hidden: int) -> dict[str, Any]:
         _check_size(size)
-        return {"branch": _fresh(layers, hidden, size), "scale": ArraySpec((layers,), ("layers",), init=constant(scale))}
+        return {
+            "branch": _fresh(layers, hidden, size),
+            "scale": ArraySpec((layers,), ("layers",), init=constant(scale)),
+        }
 
     return _parallel(declare)
 
@@ -79,7 +82,9 @@ def _parallel(declare: Callable[[str, int, int], dict[str, Any]]) -> Transform:
     def init(declared: Params) -> dict[str, dict[str, Any]]:
         weights = weights_by_path(declared)
         hidden = weights["embed/table"].shape[-1]
-        depth = {path.split("/mlp_norm")[0]: w.shape[0] for path, w in weights.items() if path.endswith("/mlp_norm/weight")}
+        depth = {
+            path.split("/mlp_norm")[0]: w.shape[0] for path, w in weights.items() if path.endswith("/mlp_norm/weight")
+        }
         paths = empty_slots(declared, ADAPTER, "parallel_adapter")
         return {path: declare(path, depth[path.removesuffix(f"/{ADAPTER}")], hidden) for path in paths}
 
@@ -113,7 +118,9 @@ def _fresh(layers: int, hidden: int, size: int) -> dict[str, ArraySpec]:
 
 
 def _wrap(params: Params, additions: Mapping[str, Any]) -> Params:
-    return wrapped(params, {path: lambda base, own=own: Bottleneck(base, Branch(**own)) for path, own in additions.items()})
+    return wrapped(
+        params, {path: lambda base, own=own: Bottleneck(base, Branch(**own)) for path, own in additions.items()}
+    )
 
 
 def wrapped(params: Params, wraps: Mapping[str, Callable[[Any], Any]]) -> Params:

@@ -44,7 +44,9 @@ def fusion_of(adapters: Sequence[Mapping[str, Values]]) -> Transform:
                 given_branch(path, weights.get(path), values)  # refuses those of another base
             layers, _, out = weights[path].shape
             starts = dict(zip(HEADS, (normal(0.02), normal(0.02), _identity), strict=True))
-            heads = {n: ArraySpec((layers, out, out), ("layers", "embed", None), init=start) for n, start in starts.items()}
+            heads = {
+                n: ArraySpec((layers, out, out), ("layers", "embed", None), init=start) for n, start in starts.items()
+            }
             additions[path] = {"branches": _branches(_stacked(each)), **heads}
         return additions
 
@@ -62,7 +64,9 @@ def fusion_from(values: Mapping[str, Mapping[str, np.ndarray]]) -> Transform:
             layers, _, out = weights[path].shape
             for name in HEADS:
                 if own[name].shape != (layers, out, out):
-                    raise LlmtuneFormatError(f"adapter: {path} has {name} of shape {own[name].shape}, not {(layers, out, out)}")
+                    raise LlmtuneFormatError(
+                        f"adapter: {path} has {name} of shape {own[name].shape}, not {(layers, out, out)}"
+                    )
             heads = {n: ArraySpec(own[n].shape, ("layers", "embed", None), init=own[n]) for n in HEADS}
             additions[path] = {"branches": _branches({name: own[name] for name in AXES}), **heads}
         return additions

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 
 
-class Node(abc.ABC):
+class Node:
     """More than an array in a tree of weights: an operator in the place of a matrix, or what fills an optional slot.
 
     Subclasses are frozen dataclasses registered as pytree nodes, and abstract or final.
@@ -22,7 +22,7 @@ class Node(abc.ABC):
     has_dense: ClassVar[bool] = False  # whether a plain array can stand in its place
 
 
-class Operator(Node):
+class Operator(Node, abc.ABC):
     """What every weight operator does."""
 
     has_dense: ClassVar[bool] = True

@@ -32,12 +32,14 @@ def put(x: jax.Array, learned: jax.Array, virtual: jax.Array) -> jax.Array:
     return jnp.where(marked.reshape(*marked.shape, *(1,) * (x.ndim - 2)), learned, x)
 
 
-def spread(virtual: jax.Array, rows: jax.Array, dtype: jax.typing.DTypeLike, out_axes: tuple[str | None, ...]) -> jax.Array:
+def spread(
+    virtual: jax.Array, rows: jax.Array, dtype: jax.typing.DTypeLike, out_axes: tuple[str | None, ...]
+) -> jax.Array:
     """Rows [number, width] to their places: [batch, seq, width]. A product, whose transpose adds up the gradient."""
     return linear(virtual.astype(dtype), rows, out_axes)
 
 
-class VirtualPrompt(Node):
+class VirtualPrompt(Node, abc.ABC):
     """What may fill the decoder's slot `prompt`."""
 
     @property

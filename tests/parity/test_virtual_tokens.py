@@ -74,7 +74,9 @@ def test_greedy_completions_are_those_of_peft(base, tmp_path, method):
     assert model.generate([*short, *TOKENS[:, :9].tolist()], max_new_tokens=20)[1:] == theirs
 
 
-@pytest.mark.parametrize("name", ["mistral with a window", "ministral, interleaved windows", "head_dim unlike hidden / heads"])
+@pytest.mark.parametrize(
+    "name", ["mistral with a window", "ministral, interleaved windows", "head_dim unlike hidden / heads"]
+)
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_other_architectures(tmp_path, name, method):
     base = save_model(name, tmp_path / "hf")

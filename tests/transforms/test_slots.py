@@ -149,7 +149,9 @@ def test_mixtures_of_experts(method):
 
 def test_fusion_begins_as_the_mean_of_its_adapters():
     """With queries of zero, exactly; against numpy."""
-    weight = adapted(CONFIG, FUSED, make_mesh({}, jax.devices()[:1]), REPLICATED)[2]["layers"][0]["mlp"]["down"]["kernel"]
+    weight = adapted(CONFIG, FUSED, make_mesh({}, jax.devices()[:1]), REPLICATED)[2]["layers"][0]["mlp"]["down"][
+        "kernel"
+    ]
     layer = jax.tree.map(lambda leaf: leaf[1], weight)
     layer = type(layer)(layer.base, layer.branches, jnp.zeros_like(layer.query), layer.key, layer.value)
     x = np.random.default_rng(3).standard_normal((2, 5, 48)).astype(np.float32)
@@ -164,7 +166,9 @@ def test_fusion_begins_as_the_mean_of_its_adapters():
 
 
 def test_fusion_attends_as_the_paper_says():
-    weight = adapted(CONFIG, FUSED, make_mesh({}, jax.devices()[:1]), REPLICATED)[2]["layers"][0]["mlp"]["down"]["kernel"]
+    weight = adapted(CONFIG, FUSED, make_mesh({}, jax.devices()[:1]), REPLICATED)[2]["layers"][0]["mlp"]["down"][
+        "kernel"
+    ]
     layer = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), weight)
     rng = np.random.default_rng(4)
     query, key, value = (0.1 * rng.standard_normal((32, 32)) for _ in range(3))
@@ -183,7 +187,11 @@ def test_fusion_attends_as_the_paper_says():
 
 def test_what_excludes_what():
     _, declared = declare(CONFIG)
-    for one, other in (("prompt tuning", "prefix tuning"), ("prefix tuning", "prompt tuning"), ("p-tuning", "prompt tuning")):
+    for one, other in (
+        ("prompt tuning", "prefix tuning"),
+        ("prefix tuning", "prompt tuning"),
+        ("p-tuning", "prompt tuning"),
+    ):
         with pytest.raises(LlmtuneConfigError, match="the model has virtual tokens already"):
             chain(METHODS[one], METHODS[other]).init(declared)
     with pytest.raises(LlmtuneConfigError, match="the slot layers/0/mlp/adapter is filled already"):

@@ -15,8 +15,8 @@ from llmtune.transforms.whole import EMBEDDING, HEAD, given_whole, select_whole,
 
 __all__ = [
     "EMBEDDING", "HEAD", "Factors", "Params", "Transform", "adapters", "bank_of", "build", "chain", "choose_rows", "combine",
-    "everything", "fill", "full", "fusion_from", "fusion_of", "given_whole", "identity", "lora", "lora_from", "merge", "not_mergeable",
-    "p_tuning", "parallel_adapters", "parallel_from", "partition", "prefix_from", "prefix_tuning", "prompt_from",
+    "everything", "fill", "full", "fusion_from", "fusion_of", "given_whole", "identity", "lora", "lora_from", "merge",
+    "not_mergeable", "p_tuning", "parallel_adapters", "parallel_from", "partition", "prefix_from", "prefix_tuning", "prompt_from",
     "prompt_tuning", "refuse_without_dense", "resize_vocabulary", "select", "select_whole", "sequential_adapters",
     "sequential_from", "slots", "train_whole", "weights_by_path", "without_vocabulary_axis",
 ]  # fmt: skip

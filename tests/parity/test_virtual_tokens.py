@@ -50,7 +50,10 @@ def base(tmp_path_factory):
     return save_model("gqa untied", tmp_path_factory.mktemp("base") / "hf")
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p-tuning", pytest.param("a projected prefix", marks=NIGHTLY)])
 def test_peft_and_llmtune_read_each_other(base, tmp_path, method):
     adapter = make_adapter(base, tmp_path / "theirs", method)
     model, expected = llmtune.load(base, adapters=[adapter]), peft_logits(base, adapter)
@@ -74,13 +77,22 @@ def test_greedy_completions_are_those_of_peft(base, tmp_path, method):
     assert model.generate([*short, *TOKENS[:, :9].tolist()], max_new_tokens=20)[1:] == theirs
 
 
+WINDOWED, PATTERN, WIDE = "mistral with a window", "ministral, interleaved windows", "head_dim unlike hidden / heads"
+
+
 @pytest.mark.parametrize(
-    "name", ["mistral with a window", "ministral, interleaved windows", "head_dim unlike hidden / heads"]
+    ("name", "method"),
+    [
+        (PATTERN, "prefix"),
+        pytest.param(PATTERN, "prompt", marks=NIGHTLY),
+        pytest.param(WINDOWED, "prefix", marks=NIGHTLY),
+        pytest.param(WINDOWED, "prompt", marks=NIGHTLY),
+        pytest.param(WIDE, "prefix", marks=NIGHTLY),
+    ],
 )
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_other_architectures(tmp_path, name, method):
     base = save_model(name, tmp_path / "hf")
-    if (name, method) == ("head_dim unlike hidden / heads", "prefix"):  # peft cannot make one: it has no such width
+    if name == WIDE:  # peft cannot make one: it has no such width
         model = llmtune.load(base, adapters=[_wide_prefix(base, tmp_path)])
         expected = peft_logits(base, tmp_path / "wide")
     else:

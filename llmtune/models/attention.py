@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         self.k = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)
         self.v = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)
         self.o = declare(heads * size, hidden, ("heads", "embed"), out_axes=out_axes)
-        self.prefix = nnx.Param(None)
+        self.prefix: nnx.Param[Any] = nnx.Param(None)
         self.heads, self.kv_heads = heads, kv_heads
 
     def __call__(

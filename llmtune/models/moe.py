@@ -65,7 +65,7 @@ class MoE(nnx.Module):
             out_axes=("batch", "seq", None),
         )
         self.experts = ExpertMLP(config, self.number)
-        self.adapter = nnx.Param(None)
+        self.adapter: nnx.Param[Any] = nnx.Param(None)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         weights, chosen, logits, probabilities = self.route(x)

@@ -104,7 +104,7 @@ def save_adapter(
     Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
-    nested = [name for name, weight in weights.items() if isinstance(weight, Operator) and is_operator(weight.base)]
+    nested = [name for name, weight in weights.items() if isinstance(weight, Operator) and is_operator(weight.base)]  # type: ignore[attr-defined]
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     method, values = _collect(weights)

@@ -20,7 +20,9 @@ rng = np.random.default_rng(0)
 def fields(*lead, size=5, hidden=32, heads=False):
     shapes = {"down": (hidden, size), "down_bias": (size,), "up": (size, hidden), "up_bias": (hidden,)}
     own = {name: rng.standard_normal((*lead, *shape)).astype(np.float32) for name, shape in shapes.items()}
-    every = {name: rng.standard_normal((lead[0], hidden, hidden)).astype(np.float32) for name in ("query", "key", "value")}
+    every = {
+        name: rng.standard_normal((lead[0], hidden, hidden)).astype(np.float32) for name in ("query", "key", "value")
+    }
     return own | (every if heads else {})
 
 

@@ -95,7 +95,7 @@ def test_what_only_the_model_can_say_is_refused_before_training(stories, rows, t
     llmtune.train(run, devices=jax.devices()[:1])
     adapter = tmp_path / "run" / "export" / "adapter"
     packed = {**data(rows), "packing": True}
-    with pytest.raises(LlmtuneError, match="set data.packing: false"):
+    with pytest.raises(LlmtuneError, match=r"set data\.packing: false"):
         llmtune.train(run_config(tmp_path, stories, rows, name="two", adapt={"from": str(adapter)}, data=packed))
     fusion = {"method": "fusion", "adapters": [str(adapter)] * 2}
     with pytest.raises(LlmtuneError, match="its method is PREFIX_TUNING; fusion is of adapters that method houlsby"):

@@ -131,7 +131,7 @@ def test_a_step_moves_the_adapter_alone(method):
         with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
             model = LanguageModel(graphdef, base, packed=False)
             expected = jax.jit(lambda *rows: model.token_log_probs(*rows, rows[0])[0])(ROWS, POSITIONS, SEGMENTS)
-        np.testing.assert_array_equal(log_probs, expected)
+        np.testing.assert_allclose(log_probs, expected, atol=1e-6)  # compiled apart
 
 
 BY_DAY = ("prefix tuning", "houlsby")

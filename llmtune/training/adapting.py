@@ -20,6 +20,7 @@ from llmtune.adapt_config import (
     PromptTuning,
     PTuning,
 )
+from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.transforms import (
     Params,
@@ -28,6 +29,7 @@ from llmtune.transforms import (
     full,
     fusion_of,
     lora,
+    not_mergeable,
     p_tuning,
     parallel_adapters,
     prefix_tuning,
@@ -108,6 +110,12 @@ def choose_transform(
         else:
             transforms.append(METHODS[type(section)](section, adapted, source.config))
         adapted = transforms[-1].apply(adapted, transforms[-1].init(adapted))
+    alone = not_mergeable(adapted)
+    if alone is not None and len(sections) > 1:
+        raise LlmtuneConfigError(
+            f"adapt: {alone[1]} in {alone[0]} cannot be merged, and no adapter directory holds two methods; train the other one "
+            "first, and this one over its merged export"
+        )
     rules = [rule for section in sections if section.from_ is None for rule in section.modules_to_save]
     own = select_whole(declared, [*rules, *(("embed_tokens", "lm_head") if grown else ())])
     return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])), adapted)

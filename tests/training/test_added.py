@@ -43,6 +43,9 @@ def test_a_run_is_read_back_as_it_was_measured(stories, rows, batches, tmp_path,
     model.save_adapter(tmp_path / "again")
     again = llmtune.load(stories, adapters=[tmp_path / "again"])
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-6)
+    if "virtual_tokens" in adapt:
+        with pytest.raises(LlmtuneError, match="a row holds one document"):
+            model.logits(tokens, segment_ids=1 + (np.arange(64) > 9) * np.ones_like(tokens))
     with pytest.raises(LlmtuneError, match="which no matrix can stand for; save_adapter"):
         model.save(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -91,6 +94,9 @@ def test_what_only_the_model_can_say_is_refused_before_training(stories, rows, t
     both = [{"method": "prompt_tuning", "virtual_tokens": 2}, {"method": "prefix_tuning", "virtual_tokens": 2}]
     with pytest.raises(LlmtuneError, match="a prompt and a prefix exclude each other"):
         llmtune.train(run_config(tmp_path, stories, rows, adapt=both, train=TRAIN))
+    with_lora = [{"method": "lora", "rank": 2}, {"method": "pfeiffer"}]
+    with pytest.raises(LlmtuneError, match="Bottleneck in layers/0/mlp/down/kernel cannot be merged, and no adapter"):
+        llmtune.train(run_config(tmp_path, stories, rows, adapt=with_lora, train=TRAIN))
     run = run_config(tmp_path, stories, rows, adapt={"method": "prefix_tuning", "virtual_tokens": 2}, train=TRAIN)
     llmtune.train(run, devices=jax.devices()[:1])
     adapter = tmp_path / "run" / "export" / "adapter"

@@ -3,147 +3,150 @@
     adapt: {rank: 8}                                    method lora, where none is named
     adapt: [{method: lora, targets: attention}, ...]    a list
 
-A new method is a dataclass here, its transform in `llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
+A new method is a dataclass here (those that add to the computation are in `llmtune/added_config.py`), its transform in `llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+from llmtune.added_config import (
+    FROM,
+    SAVED,
+    AdapterFusion,
+    Houlsby,
+    ParallelAdapter,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Require,
+    check_continued,
+)
 from llmtune.config_key import key
 
-Require = Callable[[bool, str, str], None]  # (condition, key, what is said where it does not hold)
-SAVED = (
-    "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)"
-)
-TARGETS = "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths"
+TARGETS = "all-linear, attention, mlp, experts, names such as q_proj, or regular expressions on paths"
+DROPOUT = "share of the adapter's input that is dropped in each training step"
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank factors beside frozen matrices."""
+class LowRankSection:
+    """What the methods with low-rank factors share."""
 
-    method: Literal["lora"] = key("which transform", "lora")
+    method: str
     rank: int = key("of the low-rank factors", 16)
     alpha: float = key("scale of the adapter: alpha / rank", 32)
     targets: str | list[str] = key(TARGETS, "all-linear")
     rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    modules_to_save: list[str] = key(SAVED, [])
-    from_: str | None = key(
-        "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold", None, alias="from"
+    dropout: float = key(DROPOUT, 0.0)
+    rank_pattern: dict[str, int] = key("other ranks, e.g. {q_proj: 4}; its keys are written like targets", {})
+    alpha_pattern: dict[str, float] = key("other alphas, likewise", {})
+    layers: list[int] | None = key("only these layers are adapted, counted from 0; null: all", None)
+    initial: Literal["default", "pissa", "olora"] = key(
+        "factors begin with noise and zeros, or with a part of the weight: its largest singular values, or its QR",
+        "default",
     )
+    b_rate: float = key("LoRA+: the learning rate of b, in learning rates", 1.0)
+    modules_to_save: list[str] = key(SAVED, [])
+    from_: str | None = key(FROM, None, alias="from")
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
         require(self.rank > 0, f"{at}.rank", f"{self.rank} must be positive")
         require(0 < self.alpha < math.inf, f"{at}.alpha", f"{self.alpha} must be a positive number")
-        require(bool(self.targets), f"{at}.targets", "no target is given")
-
-
-FROM = "a directory that save_adapter or peft wrote, to continue: what it says holds"
+        require(0 < self.b_rate < math.inf, f"{at}.b_rate", f"{self.b_rate} must be a positive number")
+        for rule, rank in self.rank_pattern.items():
+            require(rank > 0, f"{at}.rank_pattern.{rule}", f"{rank} must be positive")
+        for rule, alpha in self.alpha_pattern.items():
+            require(0 < alpha < math.inf, f"{at}.alpha_pattern.{rule}", f"{alpha} must be a positive number")
+        require(self.layers is None or len(self.layers) > 0, f"{at}.layers", "no layer is given")
+        _check_shared(self, require, at)
 
 
 @dataclass(frozen=True)
-class Continued:
-    """What every method has: an adapter to continue, and weights that train in whole beside it."""
+class Lora(LowRankSection):
+    """Low-rank factors beside frozen matrices."""
 
+    method: Literal["lora"] = key("which transform", "lora")
+
+
+@dataclass(frozen=True)
+class Dora(LowRankSection):
+    """LoRA on the directions of a matrix's columns, their lengths trained apart."""
+
+    method: Literal["dora"] = key("which transform", "dora")
+
+
+@dataclass(frozen=True)
+class Ia3:
+    """Vectors that stretch keys, values and the hidden layer of the MLP."""
+
+    method: Literal["ia3"] = key("which transform", "ia3")
+    targets: str | list[str] = key(TARGETS, ["k_proj", "v_proj", "down_proj"])
+    feedforward: str | list[str] = key("those of the targets whose input is stretched, not their output", ["down_proj"])
     modules_to_save: list[str] = key(SAVED, [])
     from_: str | None = key(FROM, None, alias="from")
 
-
-@dataclass(frozen=True)
-class PromptTuning(Continued):
-    """Learned vectors before the embeddings of every row."""
-
-    method: Literal["prompt_tuning"] = key("which transform", "prompt_tuning")
-    virtual_tokens: int = key("how many", 20)
+    dropout: ClassVar[float] = 0.0
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
-        require(self.virtual_tokens > 0, f"{at}.virtual_tokens", f"{self.virtual_tokens} must be positive")
+        _check_shared(self, require, at)
 
 
 @dataclass(frozen=True)
-class PTuning(Continued):
-    """A prompt that a small network makes, which trains with it."""
+class Vera:
+    """Two vectors for each matrix, between random projections that all share."""
 
-    method: Literal["p_tuning"] = key("which transform", "p_tuning")
-    virtual_tokens: int = key("how many", 20)
-    encoder_hidden: int | None = key("width of the network; null: the model's", None)
+    method: Literal["vera"] = key("which transform", "vera")
+    rank: int = key("of the projections", 256)
+    targets: str | list[str] = key(TARGETS, "all-linear")
+    d_initial: float = key("where the inner vectors begin", 0.1)
+    dropout: float = key(DROPOUT, 0.0)
+    modules_to_save: list[str] = key(SAVED, [])
+    from_: str | None = key(FROM, None, alias="from")
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
-        require(self.virtual_tokens > 0, f"{at}.virtual_tokens", f"{self.virtual_tokens} must be positive")
-        width = self.encoder_hidden
-        require(width is None or width > 0, f"{at}.encoder_hidden", f"{width} must be positive")
+        require(self.rank > 0, f"{at}.rank", f"{self.rank} must be positive")
+        require(math.isfinite(self.d_initial), f"{at}.d_initial", f"{self.d_initial} must be a number")
+        _check_shared(self, require, at)
 
 
 @dataclass(frozen=True)
-class PrefixTuning(Continued):
-    """Learned keys and values before those of every row, in each layer."""
+class Full:
+    """No adapter: the model's own weights train, all of them or those that rules name."""
 
-    method: Literal["prefix_tuning"] = key("which transform", "prefix_tuning")
-    virtual_tokens: int = key("how many", 20)
+    method: Literal["full"] = key("which transform", "full")
+    train: str | list[str] = key(
+        "all, or names such as q_proj, embed_tokens, norm, or regular expressions on paths", "all"
+    )
+    freeze: list[str] = key("of those, what stays, written likewise", [])
 
-    def check(self, require: Require, at: str) -> None:
-        """What no single field can say."""
-        require(self.virtual_tokens > 0, f"{at}.virtual_tokens", f"{self.virtual_tokens} must be positive")
-
-
-@dataclass(frozen=True)
-class Houlsby(Continued):
-    """Bottlenecks after attention and after the MLP of each layer."""
-
-    method: Literal["houlsby"] = key("which transform", "houlsby")
-    size: int = key("width of the bottlenecks", 16)
+    dropout: ClassVar[float] = 0.0
+    modules_to_save: ClassVar[Sequence[str]] = ()
+    from_: ClassVar[None] = None
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
-        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
+        require(bool(self.train), f"{at}.train", "no weight is given")
 
 
-@dataclass(frozen=True)
-class Pfeiffer(Continued):
-    """A bottleneck after the MLP of each layer."""
-
-    method: Literal["pfeiffer"] = key("which transform", "pfeiffer")
-    size: int = key("width of the bottlenecks", 16)
-
-    def check(self, require: Require, at: str) -> None:
-        """What no single field can say."""
-        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
-
-
-@dataclass(frozen=True)
-class ParallelAdapter(Continued):
-    """A bottleneck beside the MLP of each layer."""
-
-    method: Literal["parallel_adapter"] = key("which transform", "parallel_adapter")
-    size: int = key("width of the bottlenecks", 16)
-    scale: float = key("of what they add", 4.0)
-
-    def check(self, require: Require, at: str) -> None:
-        """What no single field can say."""
-        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
-        require(0 < self.scale < math.inf, f"{at}.scale", f"{self.scale} must be a positive number")
-
-
-@dataclass(frozen=True)
-class AdapterFusion(Continued):
-    """Learned attention over several trained bottleneck adapters, which stay as they are."""
-
-    method: Literal["fusion"] = key("which transform", "fusion")
-    adapters: list[str] = key("directories of adapters of method houlsby or pfeiffer, two or more", [])
-
-    def check(self, require: Require, at: str) -> None:
-        """What no single field can say."""
-        given = len(self.adapters)
-        require(given > 1 or self.from_ is not None, f"{at}.adapters", f"{given} given; fusion is of two or more")
-
-
-Method = Lora | PromptTuning | PTuning | PrefixTuning | Houlsby | Pfeiffer | ParallelAdapter | AdapterFusion
-VIRTUAL = (PromptTuning, PTuning, PrefixTuning)  # methods whose rows begin with virtual tokens
+Method = (  # the first is the default
+    Lora
+    | Dora
+    | Ia3
+    | Vera
+    | Full
+    | PromptTuning
+    | PTuning
+    | PrefixTuning
+    | Houlsby
+    | Pfeiffer
+    | ParallelAdapter
+    | AdapterFusion
+)
 METHODS: dict[str, type] = {kind.method: kind for kind in get_args(Method)}
 Adapt = Method | list[Method]
 
@@ -153,6 +156,11 @@ def sections(adapt: Any) -> Sequence[Any]:
     return () if adapt is None else adapt if isinstance(adapt, list) else (adapt,)
 
 
+def has_adapter(adapt: Any) -> bool:
+    """Whether anything but the model's own weights trains, so that there is an adapter to export."""
+    return any(not isinstance(section, Full) for section in sections(adapt))
+
+
 def places(adapt: Any) -> list[tuple[str, Any]]:
     """[(`adapt` or `adapt.0`, section)]: where each stands in the file."""
     listed = isinstance(adapt, list)
@@ -160,12 +168,28 @@ def places(adapt: Any) -> list[tuple[str, Any]]:
 
 
 def check_adapt(adapt: Any, require: Require) -> None:
-    """What the sections say of themselves, and of continuing an adapter."""
+    """What the sections say of themselves and of each other."""
     require(not isinstance(adapt, list) or bool(adapt), "adapt", "the list is empty; leave it out for full fine-tuning")
     for at, section in places(adapt):
         section.check(require, at)
         require(
-            section.from_ is None or not section.modules_to_save,
-            f"{at}.modules_to_save",
-            f"the adapter that {at}.from names says this; leave it out",
+            not isinstance(section, Full) or len(sections(adapt)) == 1,
+            at,
+            "full trains the model's own weights, which no other method goes with; leave one of them out",
         )
+    methods = sorted({section.method for section in sections(adapt)})
+    require(
+        len(methods) <= 1,
+        "adapt",
+        f"{' and '.join(methods)} fit no one PEFT directory; give all sections the same method",
+    )
+    scaled = {section.rslora for section in sections(adapt) if isinstance(section, LowRankSection)}
+    require(
+        len(scaled) <= 1, "adapt", "rslora differs among the sections, which no PEFT directory says; give all the same"
+    )
+
+
+def _check_shared(section: Any, require: Require, at: str) -> None:
+    require(bool(section.targets), f"{at}.targets", "no target is given")
+    require(0 <= section.dropout < 1, f"{at}.dropout", f"{section.dropout} must lie in [0, 1)")
+    check_continued(section, require, at)

@@ -8,7 +8,8 @@ import math
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from llmtune.adapt_config import METHODS, VIRTUAL, Adapt, check_adapt, places, sections
+from llmtune.adapt_config import METHODS, Adapt, check_adapt, places, sections
+from llmtune.added_config import VIRTUAL
 from llmtune.config_key import key
 from llmtune.errors import LlmtuneConfigError
 

@@ -11,37 +11,93 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert import hf_weights, peft
-from checkpoints_convert.peft.lora import Factors as PeftFactors
+from checkpoints_convert.peft.factors import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
+from checkpoints_convert.peft.vectors import Gains as PeftGains
+from checkpoints_convert.peft.vectors import VeraValues
 from checkpoints_convert.safetensors_reader import read_json
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
-from llmtune.pretrained.added import ADDED, Family, Weights
+from llmtune.pretrained.added import ADDED, Family, Weights, added_name
 from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
-from llmtune.transforms import Factors, Transform, chain, given_whole, lora_from, weights_by_path
-from llmtune.weights import LoRA, Operator, is_operator
+from llmtune.transforms import (
+    Factors,
+    Gains,
+    Projections,
+    Transform,
+    Vectors,
+    chain,
+    given_whole,
+    ia3_from,
+    lora_from,
+    vera_from,
+    weights_by_path,
+)
+from llmtune.weights import IA3, VeRA, beneath, is_adapter, low_rank_values
 
 
-def _lora_given(values: LoraValues) -> Transform:
-    factors = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in values.factors.items()}
-    return lora_from(factors, rslora=values.rslora)
+def _lora_given(values: LoraValues, dropout: float) -> Transform:
+    factors = {name: Factors(own.a, own.b, own.scale, own.ranks, own.magnitude) for name, own in values.factors.items()}
+    return lora_from(factors, rslora=values.rslora, dropout=dropout)
 
 
 def _lora_collect(weights: Weights) -> LoraValues | None:
-    adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
-    factors = {name: PeftFactors(on_host(w.a), on_host(w.b), on_host(w.scale), w.ranks) for name, w in adapters.items()}
-    return LoraValues(factors, any(weight.rslora for weight in adapters.values())) if adapters else None
+    found = {name: low_rank_values(weight) for name, weight in weights.items()}
+    own = {name: values for name, values in found.items() if values is not None}
+    factors = {
+        name: PeftFactors(
+            on_host(v.a), on_host(v.b), on_host(v.scale), v.ranks, None if v.magnitude is None else on_host(v.magnitude)
+        )
+        for name, v in own.items()
+    }
+    settings = {(values.rslora, values.dropout) for values in own.values()}
+    if len({rslora for rslora, _ in settings}) > 1:
+        raise LlmtuneConfigError(
+            "save_adapter: some adapters are rank-stabilised and some are not, which no PEFT directory says; "
+            "save() writes the merged model"
+        )
+    return LoraValues(factors, any(r for r, _ in settings), max(rate for _, rate in settings)) if factors else None
 
 
-FAMILIES: dict[str, Family] = {"LORA": Family(_lora_given, _lora_collect), **ADDED}
+def _ia3_given(values: Mapping[str, PeftGains], dropout: float) -> Transform:
+    del dropout
+    return ia3_from({name: Gains(own.gain, own.on, own.side) for name, own in values.items()})
 
 
+def _ia3_collect(weights: Weights) -> dict[str, PeftGains] | None:
+    own = {name: weight for name, weight in weights.items() if isinstance(weight, IA3)}
+    return {name: PeftGains(on_host(w.gain), on_host(w.on), w.side) for name, w in own.items()} or None
+
+
+def _vera_given(values: VeraValues, dropout: float) -> Transform:
+    vectors = {name: Vectors(inner, values.outer[name]) for name, inner in values.inner.items()}
+    return vera_from(Projections(values.a, values.b), vectors, dropout=dropout)
+
+
+def _vera_collect(weights: Weights) -> VeraValues | None:
+    own = {name: weight for name, weight in weights.items() if isinstance(weight, VeRA)}
+    if not own:
+        return None
+    one = next(iter(own.values()))
+    inner, outer = ({name: on_host(getattr(w, part)) for name, w in own.items()} for part in ("inner", "outer"))
+    return VeraValues(on_host(one.a), on_host(one.b), inner, outer)
+
+
+FAMILIES: dict[str, Family] = {
+    "LORA": Family(_lora_given, _lora_collect),
+    "IA3": Family(_ia3_given, _ia3_collect),
+    "VERA": Family(_vera_given, _vera_collect),
+    **ADDED,
+}
 GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole."""
+    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole.
+
+    `method`: as `adapt.method` names it.
+    """
 
     transform: Transform
     whole: tuple[str, ...]
@@ -72,20 +128,31 @@ def as_exported(source: Source, adapter: Path) -> Source:
     return replace(source, config=config, companions=(*source.companions, path))
 
 
-def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
-    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
+def load_adapter(path: str | Path, config: ModelConfig, *, dropout: float = 0.0) -> LoadedAdapter:
+    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`).
+
+    `dropout`: of its input while it trains on; what the directory says of that is of an earlier training.
+    """
     adapter = peft.read_adapter(Path(path), config)
     transform = given_whole(adapter.whole)
     if adapter.values is not None:
-        transform = chain(transform, FAMILIES[adapter.method].given(adapter.values))
-    return LoadedAdapter(transform, tuple(adapter.whole), adapter.method)
+        transform = chain(transform, FAMILIES[adapter.method].given(adapter.values, dropout))
+    return LoadedAdapter(transform, tuple(adapter.whole), _method(adapter))
+
+
+def _method(adapter: peft.Adapter) -> str:
+    """The name that a configuration has for the adapter's method: DoRA is LORA to PEFT."""
+    dora = isinstance(adapter.values, LoraValues) and any(
+        own.magnitude is not None for own in adapter.values.factors.values()
+    )
+    return "dora" if dora else added_name(adapter) or adapter.method.lower()
 
 
 def read_factors(path: str | Path, config: ModelConfig) -> Mapping[str, Factors]:
     """The values of a LoRA directory, by path. One of another method, or that brings weights in whole, is refused."""
     adapter = peft.read_adapter(Path(path), config)
-    if adapter.method != "LORA" or adapter.whole or not isinstance(adapter.values, LoraValues):
-        more = "weights in whole" if adapter.whole else f"the method {adapter.method}"
+    if adapter.whole or not isinstance(adapter.values, LoraValues) or _method(adapter) != "lora":
+        more = "weights in whole" if adapter.whole else f"the method {_method(adapter)}"
         raise LlmtuneFormatError(f"{path}: it brings {more}; a bank is of LoRA adapters alone")
     return {n: Factors(own.a, own.b, own.scale, own.ranks) for n, own in adapter.values.factors.items()}
 
@@ -104,7 +171,7 @@ def save_adapter(
     Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
-    nested = [name for name, weight in weights.items() if isinstance(weight, Operator) and is_operator(weight.base)]  # type: ignore[attr-defined]
+    nested = [name for name, weight in weights.items() if is_adapter(weight) and is_adapter(beneath(weight))]
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     method, values = _collect(weights)
@@ -124,7 +191,7 @@ def save_adapter(
         source.config,
         base=source.name if source.directory is None else str(source.directory.absolute()),
         whole_paths=whole,
-        fetch=fetch_from({name: weight.base if name in adapted else weight for name, weight in weights.items()}),
+        fetch=fetch_from({name: beneath(weight) if name in adapted else weight for name, weight in weights.items()}),
         complete=finish,
     )
 

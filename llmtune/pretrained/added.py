@@ -22,13 +22,14 @@ Weights = Mapping[str, Any]  # arrays and operators, by path
 
 
 class Family(NamedTuple):
-    """`given`: values as read -> the transform that puts them in; `collect`: weights -> values to write, None where none."""
+    """`given`: (values as read, dropout) -> the transform that puts them in; `collect`: weights -> values, None where none."""
 
-    given: Callable[[Any], Transform]
+    given: Callable[[Any, float], Transform]
     collect: Callable[[Weights], Any]
 
 
-def _prompt_given(values: virtual.Prompt) -> Transform:
+def _prompt_given(values: virtual.Prompt, dropout: float) -> Transform:
+    del dropout
     return prompt_from(values.table)
 
 
@@ -42,7 +43,8 @@ def _prompt_collect(kind: type[VirtualPrompt]) -> Callable[[Weights], virtual.Pr
     return collect
 
 
-def _prefix_given(values: virtual.Prefix) -> Transform:
+def _prefix_given(values: virtual.Prefix, dropout: float) -> Transform:
+    del dropout
     return prefix_from({"k": values.k, "v": values.v})
 
 
@@ -51,7 +53,8 @@ def _prefix_collect(weights: Weights) -> virtual.Prefix | None:
     return virtual.Prefix(on_host(found[0].k), on_host(found[0].v)) if found else None
 
 
-def _sequential_given(values: bottleneck.Branches) -> Transform:
+def _sequential_given(values: bottleneck.Branches, dropout: float) -> Transform:
+    del dropout
     return sequential_from(values.fields)
 
 
@@ -60,7 +63,8 @@ def _sequential_collect(weights: Weights) -> bottleneck.Branches | None:
     return bottleneck.Branches(found, {}) if found else None
 
 
-def _parallel_given(values: bottleneck.Branches) -> Transform:
+def _parallel_given(values: bottleneck.Branches, dropout: float) -> Transform:
+    del dropout
     return parallel_from(values.fields, values.scales)
 
 
@@ -70,7 +74,8 @@ def _parallel_collect(weights: Weights) -> bottleneck.Branches | None:
     return bottleneck.Branches(branches, {path: on_host(own.scale) for path, own in found.items()}) if found else None
 
 
-def _fusion_given(values: bottleneck.Branches) -> Transform:
+def _fusion_given(values: bottleneck.Branches, dropout: float) -> Transform:
+    del dropout
     return fusion_from(values.fields)
 
 
@@ -103,3 +108,10 @@ def read_branches(path: str | Path, config: ModelConfig) -> Mapping[str, Mapping
             f"{path}: its method is {adapter.method}; fusion is of adapters that method houlsby or pfeiffer trained"
         )
     return adapter.values.fields
+
+
+def added_name(adapter: peft.Adapter) -> str | None:
+    """The name that a configuration has for a method of this page; None for one that it calls as PEFT does."""
+    if adapter.method == "LLMTUNE_SEQUENTIAL":
+        return "houlsby" if any("/attention/" in path for path in adapter.values.fields) else "pfeiffer"
+    return {"LLMTUNE_PARALLEL": "parallel_adapter", "LLMTUNE_FUSION": "fusion"}.get(adapter.method)

@@ -27,7 +27,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import refuse_without_dense, resize_vocabulary, weights_by_path, without_vocabulary_axis
-from llmtune.weights import dense, is_operator, materialize, shardings
+from llmtune.weights import dense, is_operator, layer, map_stacked, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
@@ -198,9 +198,10 @@ def fetch_from(weights: Mapping[str, Any]) -> hf_weights.Fetch:
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
         if len(place) == 2:
-            return _expert(weight, place)
+            weight = map_stacked(lambda leaf: _expert(leaf, place), weight)
+            return np.asarray(dense(weight)) if is_operator(weight) else weight
         if place:
-            weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
+            weight = layer(weight, place[0])
         return on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch

@@ -12,22 +12,30 @@ from typing import Any
 from llmtune import pretrained
 from llmtune.adapt_config import (
     AdapterFusion,
+    Dora,
+    Full,
     Houlsby,
+    Ia3,
     Lora,
+    LowRankSection,
     ParallelAdapter,
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
     PTuning,
+    Vera,
 )
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.transforms import (
+    INITIAL,
     Params,
     Transform,
     chain,
+    dora,
     full,
     fusion_of,
+    ia3,
     lora,
     not_mergeable,
     p_tuning,
@@ -37,42 +45,83 @@ from llmtune.transforms import (
     select_whole,
     sequential_adapters,
     train_whole,
+    vera,
+    weights_by_path,
 )
+from llmtune.weights import beneath, is_adapter
 
 # (section, declared weights that it is applied to, what the model is) -> transform
 MakeTransform = Callable[[Any, Params, ModelConfig], Transform]
 
 
-def _lora(section: Lora, declared: Params, config: ModelConfig) -> Transform:
-    return lora(rank=section.rank, alpha=section.alpha, targets=section.targets, rslora=section.rslora)
+def _low_rank(make: Callable[..., Transform]) -> MakeTransform:
+    fields = ("rank", "alpha", "targets", "rslora", "dropout", "rank_pattern", "alpha_pattern", "layers")
+
+    def of_section(section: LowRankSection, declared: Params, config: ModelConfig) -> Transform:
+        del declared, config
+        return make(**{name: getattr(section, name) for name in fields}, initial=INITIAL.get(section.initial))
+
+    return of_section
+
+
+def _ia3(section: Ia3, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return ia3(targets=section.targets, feedforward=section.feedforward)
+
+
+def _vera(section: Vera, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return vera(rank=section.rank, targets=section.targets, d_initial=section.d_initial, dropout=section.dropout)
+
+
+def _full(section: Full, declared: Params, config: ModelConfig) -> Transform:
+    del config
+    rules = [section.train] if isinstance(section.train, str) else section.train
+    chosen = weights_by_path(declared) if rules == ["all"] else select_whole(declared, rules, key="adapt.train")
+    stays = select_whole(declared, section.freeze, key="adapt.freeze")
+    left = [path for path in chosen if path not in stays]
+    if not left:
+        raise LlmtuneConfigError("adapt.freeze: nothing is left to train; leave out a rule")
+    return train_whole(left)
 
 
 def _prompt_tuning(section: PromptTuning, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return prompt_tuning(virtual_tokens=section.virtual_tokens)
 
 
 def _p_tuning(section: PTuning, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return p_tuning(virtual_tokens=section.virtual_tokens, encoder_hidden=section.encoder_hidden)
 
 
 def _prefix_tuning(section: PrefixTuning, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return prefix_tuning(virtual_tokens=section.virtual_tokens)
 
 
 def _sequential(section: Houlsby | Pfeiffer, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return sequential_adapters(section.method, size=section.size)
 
 
 def _parallel(section: ParallelAdapter, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return parallel_adapters(size=section.size, scale=section.scale)
 
 
 def _fusion(section: AdapterFusion, declared: Params, config: ModelConfig) -> Transform:
+    del declared
     return fusion_of([pretrained.read_branches(path, config) for path in section.adapters])
 
 
+DEFAULT = Lora.method
 METHODS: dict[type, MakeTransform] = {
-    Lora: _lora,
+    Lora: _low_rank(lora),
+    Dora: _low_rank(dora),
+    Ia3: _ia3,
+    Vera: _vera,
+    Full: _full,
     PromptTuning: _prompt_tuning,
     PTuning: _p_tuning,
     PrefixTuning: _prefix_tuning,
@@ -102,14 +151,20 @@ def choose_transform(
     if not sections:
         return Adaptation(full, (), declared)
     transforms, whole, adapted = [], [], declared
-    for section in sections:
+    for number, section in enumerate(sections):
+        at = f"adapt.{number}" if len(sections) > 1 else "adapt"
         if section.from_ is not None:
-            adapter = pretrained.load_adapter(section.from_, source.config)
+            adapter = pretrained.load_adapter(section.from_, source.config, dropout=section.dropout)
+            if section.method not in (DEFAULT, adapter.method):
+                raise LlmtuneConfigError(
+                    f"{at}.from: {section.from_} holds {adapter.method}; write method: {adapter.method}"
+                )
             transforms.append(adapter.transform)
             whole += adapter.whole
         else:
             transforms.append(METHODS[type(section)](section, adapted, source.config))
         adapted = transforms[-1].apply(adapted, transforms[-1].init(adapted))
+        _refuse_twice(adapted, at)
     alone = not_mergeable(adapted)
     if alone is not None and len(sections) > 1:
         raise LlmtuneConfigError(
@@ -119,3 +174,21 @@ def choose_transform(
     rules = [rule for section in sections if section.from_ is None for rule in section.modules_to_save]
     own = select_whole(declared, [*rules, *(("embed_tokens", "lm_head") if grown else ())])
     return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])), adapted)
+
+
+def _refuse_twice(adapted: Params, at: str) -> None:
+    """An adapter under another one would be a part of the base, and not train."""
+    twice = [path for path, own in weights_by_path(adapted).items() if is_adapter(own) and is_adapter(beneath(own))]
+    if twice:
+        raise LlmtuneConfigError(
+            f"{at}: {twice[0]} has an adapter of another section already; give each weight one, or merge the first"
+        )
+
+
+def learning_rates(sections: Sequence[Any]) -> Callable[[str], float]:
+    """The path of a trainable leaf -> its learning rate in those of the optimizer: LoRA+'s own for b."""
+    rates = {section.b_rate for section in sections if isinstance(section, LowRankSection)}
+    if len(rates) > 1:
+        raise LlmtuneConfigError("adapt.b_rate: sections differ in it; give all the same")
+    rate = rates.pop() if rates else 1.0
+    return lambda path: rate if path.rsplit("/", 1)[-1] == "b" else 1.0

@@ -17,12 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
+from llmtune.adapt_config import sections
 from llmtune.config import Run
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
 from llmtune.sharding import Strategy, axis_size
+from llmtune.training.adapting import learning_rates
 from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState, init_state
@@ -77,7 +79,7 @@ def build_program(
     multiple = row_multiple(run, mesh, strategy)
     weights = prepare_weights(run, source, mesh, strategy, progress)
     schedule = make_schedule(run.optimizer, steps)
-    optimizer = make_optimizer(run.optimizer, schedule)
+    optimizer = make_optimizer(run.optimizer, schedule, learning_rates(sections(run.adapt)))
     bind = functools.partial(
         LanguageModel,
         weights.graphdef,
@@ -92,7 +94,7 @@ def build_program(
         strategy,
         bind,
         weights.frozen,
-        make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches),
+        make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches, run.train.seed),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         multiple,
         weights.whole,

@@ -17,13 +17,13 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.sharding import placed_by_compiler, spec
 from llmtune.weights.doors import Weight, linear
 from llmtune.weights.gather import gather
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Adapter
 
 
 @final
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Bank(Operator):
+class Bank(Adapter):
     """base [..., in, out], a [..., adapters, in, rank], b [..., adapters, rank, out] and scale [..., adapters].
 
     index int32 [..., batch]: the adapter of each row; None until rows are chosen. Nothing of a bank trains.
@@ -57,16 +57,6 @@ class Bank(Operator):
     def dense(self) -> jax.Array:
         """Refused."""
         raise LlmtuneConfigError("Bank: each row has another matrix, so that it has no dense form")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out], that of the base."""
-        return tuple(self.base.shape)
-
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Those of the base."""
-        return self.base.axes  # type: ignore[union-attr]
 
 
 def _chosen(factors: jax.Array, index: jax.Array) -> jax.Array:

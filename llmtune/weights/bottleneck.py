@@ -18,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.errors import LlmtuneConfigError
 from llmtune.weights.doors import Weight, add_bias, linear
-from llmtune.weights.operator import Node, Operator
+from llmtune.weights.operator import Adapter, Node
 
 
-class Nonlinear(Operator):
+class Nonlinear(Adapter):
     """An operator in the place of a matrix that is none: there is no plain array that it stands for."""
 
     has_dense: ClassVar[bool] = False
@@ -39,16 +39,6 @@ class Nonlinear(Operator):
     def dense(self) -> jax.Array:
         """Refused."""
         raise LlmtuneConfigError(f"{type(self).__name__} is not linear and has no dense form; save_adapter serves it")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., in, out], that of the base."""
-        return tuple(self.base.shape)
-
-    @property
-    def axes(self) -> tuple[str | None, ...]:
-        """Those of the base."""
-        return self.base.axes  # type: ignore[union-attr]
 
 
 @final

@@ -19,7 +19,13 @@ class Node:
     """
 
     trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
+    shared: ClassVar[tuple[str, ...]] = ()  # the fields that have no layer axis: one array serves all layers of a stack
     has_dense: ClassVar[bool] = False  # whether a plain array can stand in its place
+
+    def with_key(self, key: jax.Array) -> "Node":
+        """The same weight for one training step: operators with dropout take the key (see `llmtune.weights.dropout`)."""
+        del key
+        return self
 
 
 class Operator(Node, abc.ABC):
@@ -56,6 +62,22 @@ class Operator(Node, abc.ABC):
     @abc.abstractmethod
     def axes(self) -> tuple[str | None, ...]:
         """The logical axes of `dense()`, where the fields are declared (`ArraySpec`), not held."""
+
+
+class Adapter(Operator):
+    """An operator around another weight, its `base`: what it stands for has the base's shape and axes."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., in, out], that of the base."""
+        return tuple(self.base.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes
 
 
 def is_operator(leaf: Any) -> bool:

@@ -3,7 +3,8 @@
     adapt: {rank: 8}                                    method lora, where none is named
     adapt: [{method: lora, targets: attention}, ...]    a list
 
-A new method is a dataclass here (those that add to the computation are in `llmtune/added_config.py`), its transform in `llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
+A new method is a dataclass here (those that add to the computation: in `llmtune/added_config.py`), its transform in
+`llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
 """
 
 import math

@@ -33,13 +33,18 @@ def evaluation(run):
     pytest.param({"method": "prefix_tuning", "virtual_tokens": 5}, marks=pytest.mark.nightly),
 ], ids=lambda adapt: adapt["method"])  # fmt: skip
 def test_a_run_is_read_back_as_it_was_measured(stories, rows, batches, tmp_path, adapt):
-    run = run_config(tmp_path, stories, rows, adapt=adapt, data=data(rows), train=TRAIN)
-    curve(run, devices=8)
+    wide = {**data(rows), "sequence_length": 150}  # there is room for two documents: they do not share a row
+    curve(run_config(tmp_path, stories, rows, adapt=adapt, data=wide, train=TRAIN), devices=8)
     export = tmp_path / "run" / "export"
     assert not (export / "model").exists() and (export / "adapter" / "tokenizer.json").is_file()
     assert evaluation(tmp_path / "run")["after"]["loss"] < evaluation(tmp_path / "run")["before"]["loss"]
     model, tokens = llmtune.load(tmp_path / "run"), batches[0][0]
     assert model.config.eos_token_ids == llmtune.load(stories).config.eos_token_ids and model.tokenizer is not None
+    every, labels = (part[:4].reshape(-1, 64) for part in batches)
+    log_probs = jax.nn.log_softmax(model.logits(every)[:, :-1])
+    chosen = np.take_along_axis(np.asarray(log_probs), every[:, 1:, None], axis=-1)[..., 0]
+    loss = -chosen[labels[:, 1:] >= 0].mean()
+    np.testing.assert_allclose(evaluation(tmp_path / "run")["after"]["loss"], loss, rtol=1e-5)
     model.save_adapter(tmp_path / "again")
     again = llmtune.load(stories, adapters=[tmp_path / "again"])
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-6)

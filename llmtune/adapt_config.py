@@ -48,6 +48,7 @@ class LowRankSection:
         "factors begin with noise and zeros, or with a part of the weight: its largest singular values, or its QR",
         "default",
     )
+    untie: bool = key("give a tied head weights of its own, so that embed_tokens or lm_head can be adapted", False)
     b_rate: float = key("LoRA+: the learning rate of b, in learning rates", 1.0)
     modules_to_save: list[str] = key(SAVED, [])
     from_: str | None = key(FROM, None, alias="from")

@@ -63,6 +63,12 @@ def read(directory: PeftDirectory, config: ModelConfig) -> LoraValues | None:
     return LoraValues(factors, bool(directory.settings.get("use_rslora"))) if factors else None
 
 
+def adapts_an_end(directory: PeftDirectory) -> bool:
+    """Whether the embedding or the head has factors."""
+    modules = (match["module"] for key in directory.weights.tensors if (match := KEY.fullmatch(key)) is not None)
+    return any(module.endswith((EMBEDDING, HEAD)) for module in modules)
+
+
 def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[str, Any]]:
     """Tensors and settings. The most common rank and alpha are the default, others go into the patterns."""
     table = {(tensor.path, tensor.index): tensor for tensor in tensors(config)}

@@ -105,8 +105,13 @@ class LoadedAdapter:
 
 
 def fit_to_adapter(source: Source, path: str | Path) -> Source:
-    """The base as the adapter found it: with the vocabulary that it was resized to, and the tokenizer that came with that."""
+    """The base as the adapter found it: with the vocabulary that it was resized to, and the tokenizer that came with that.
+
+    And with a head of its own, where the adapter is on one end of a tied model.
+    """
     path = Path(path)
+    if source.config.tie_word_embeddings and peft.adapts_an_end(path):
+        source = source.apart()  # peft adapts one use of the table, not the other
     size = peft.read_vocabulary_size(path, source.config)
     if size is None:
         return source

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from jax.experimental import multihost_utils
@@ -24,7 +25,7 @@ from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
-from llmtune.sharding import Strategy
+from llmtune.sharding import Strategy, placed_by_compiler
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import refuse_without_dense, resize_vocabulary, weights_by_path, without_vocabulary_axis
 from llmtune.weights import dense, is_operator, layer, map_stacked, materialize, shardings
@@ -54,6 +55,7 @@ class Source:
     directory: Path | None
     companions: tuple[Path, ...] = ()
     resize: Resize | None = None
+    untied: bool = False  # on disk one table serves both ends; here the head begins as a copy of it
     opened: Weights | None = None  # the weights, where they are open already or not in Hugging Face's layout
 
     @property
@@ -70,6 +72,17 @@ class Source:
             hf_config={**self.hf_config, "vocab_size": size},
             resize=Resize(stored, min(stored, size, tokens)),
         )
+
+    def apart(self) -> "Source":
+        """The same model with a head of its own, where it was tied to the embedding."""
+        if not self.config.tie_word_embeddings:
+            return self
+        if self.config.is_text_tower:
+            raise LlmtuneConfigError(
+                f"{self.name}: the head of a text tower cannot be untied; leave its ends as they are"
+            )
+        config = replace(self.config, tie_word_embeddings=False)
+        return replace(self, config=config, hf_config={**self.hf_config, "tie_word_embeddings": False}, untied=True)
 
     @property
     def elements(self) -> int:
@@ -122,6 +135,13 @@ def load(
     progress: Progress = lambda done: None,
 ) -> Any:
     """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`."""
+    if source.untied:
+        tied = replace(source, config=replace(source.config, tie_word_embeddings=True), untied=False)
+        without = {**declared, "head": {**declared["head"], "kernel": None}}
+        params = load(tied, without, mesh, strategy, dtype=dtype, seed=seed, progress=progress)
+        with strategy.active():
+            head = jax.jit(placed_by_compiler(jnp.transpose, "embed", "vocab"))(params["embed"]["table"])
+        return {**params, "head": {**params["head"], "kernel": head}}
     if source.directory is None:
         params = materialize(declared, jax.random.key(seed), mesh, strategy)
         return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)

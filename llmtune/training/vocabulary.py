@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune import pretrained
-from llmtune.adapt_config import sections
+from llmtune.adapt_config import LowRankSection, sections
 from llmtune.config import Run
 from llmtune.data import added_tokens
 from llmtune.errors import LlmtuneConfigError
@@ -32,9 +32,13 @@ class Vocabulary:
 def settle_vocabulary(run: Run, source: pretrained.Source) -> tuple[pretrained.Source, Vocabulary]:
     """The model with a row for every token of the run: resized where the run, or the adapter it continues, asks for it.
 
+    A tied head gets weights of its own where an adapter asks for it.
+
     Rows of the model's table beyond the tokenizer's tokens are taken by added tokens first.
     """
     for section in sections(run.adapt):
+        if isinstance(section, LowRankSection) and section.untie:
+            source = source.apart()
         if section.from_ is not None:
             source = pretrained.fit_to_adapter(source, section.from_)
     added, own = added_tokens(run), None if run.data.tokenizer is None else resolve(run.data.tokenizer)

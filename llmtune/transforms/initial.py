@@ -55,7 +55,7 @@ def start(params: Params, additions: Mapping[str, Any], initial: Initial) -> dic
         for _ in own["scale"].shape:
             of_all = _each(of_all)
         layouts = tuple(jax.typeof(own[name]).sharding.spec for name in ("a", "b"))
-        return jax.sharding.auto_axes(of_all, out_sharding=layouts)(weight, own["scale"])
+        return jax.sharding.auto_axes(of_all, out_sharding=layouts)(weight, own["scale"])  # type: ignore[reportCallIssue]
 
     adapted = {path: weights[path] for path in additions}
     found = jax.jit(lambda w, added: {path: begin(w[path], own) for path, own in added.items()})(adapted, additions)

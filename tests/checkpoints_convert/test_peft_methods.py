@@ -32,6 +32,8 @@ ADAPTERS = {  # name -> (base, peft's configuration)
         r=6, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], layers_to_transform=[1], init_weights=False)),
     "the embedding and the head": ("gqa untied", LoraConfig(
         **LORA, target_modules=["q_proj", "embed_tokens", "lm_head"])),
+    "the embedding of a tied model": ("tied", LoraConfig(**LORA, target_modules=["q_proj", "embed_tokens"])),
+    "the head of a tied model": ("tied", LoraConfig(**LORA, target_modules=["lm_head"])),
     "all experts": ("mixtral", LoraConfig(**LORA, target_modules=["q_proj"], target_parameters=FUSED)),
     "experts with patterns": ("mixtral", LoraConfig(
         **LORA, target_modules=[], target_parameters=FUSED[1:], rank_pattern={"model.layers.0.mlp.experts.down_proj": 2},
@@ -44,7 +46,9 @@ TOKENS = np.random.default_rng(0).integers(3, 199, (2, 60))
 def bases(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bases")
     more = {"mixtral": {"num_local_experts": 3, "num_hidden_layers": 2}}
-    return {name: save_model(name, directory / name, **more.get(name, {})) for name in ("gqa untied", "mixtral")}
+    return {
+        name: save_model(name, directory / name, **more.get(name, {})) for name in ("gqa untied", "tied", "mixtral")
+    }
 
 
 def make_adapter(base, path, config):

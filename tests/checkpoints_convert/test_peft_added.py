@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert.peft import directory, read_adapter, virtual, write_adapter
 from checkpoints_convert.peft.bottleneck import Branches
+from checkpoints_convert.peft.vllm import findings
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
@@ -99,6 +100,12 @@ def test_a_wrong_field_is_named(tmp_path, method, field, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(LlmtuneFormatError, match=f"{field} is {value!r}"):
         read_adapter(tmp_path / "a", CONFIG)
+
+
+def test_no_other_server_is_promised_what_cannot_be_merged(tmp_path):
+    write_adapter(tmp_path / "a", "PREFIX_TUNING", VALUES["PREFIX_TUNING"], CONFIG, base="base")
+    (found,) = findings(directory.open_peft(tmp_path / "a"))
+    assert found.blocks and "cannot be merged" in found.mend
 
 
 def test_every_field_of_peft_is_accounted_for():

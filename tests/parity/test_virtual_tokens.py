@@ -3,13 +3,17 @@
 import copy
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, PromptEncoder, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import llmtune
+from llmtune.sharding import make_mesh
+from llmtune.weights import EncodedPrompt
 from tests.parity.reference import save_model
 from tests.parity.torch_training import cosine, train_peer
 from tests.runs import STEPS, curve, run_config, write_rows
@@ -136,3 +140,17 @@ def test_twenty_steps_follow_peft(stories, batches, tmp_path, method, virtual):
     expected = peft_logits(stories, exported, tokens)
     np.testing.assert_allclose(llmtune.load(tmp_path / "run").logits(tokens), expected, atol=1e-4, rtol=0)
     assert np.abs(expected - peft_logits(stories, adapter, tokens)).max() > 1e-3  # it moved
+
+
+def test_the_encoder_of_p_tuning_is_that_of_peft():
+    """Given its weights: one linear layer after another, relu between them."""
+    torch.manual_seed(0)
+    theirs = PromptEncoder(PromptEncoderConfig(
+        peft_type="P_TUNING", task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=12, encoder_hidden_size=9,
+        num_transformer_submodules=1, num_attention_heads=1, num_layers=1,
+    ))  # fmt: skip
+    layers = [theirs.mlp_head[n] for n in (0, 2, 4)]
+    arrays = [theirs.embedding.weight, *(x for layer in layers for x in (layer.weight.T, layer.bias))]
+    ours = EncodedPrompt(*(jnp.asarray(x.detach().numpy()) for x in arrays))
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])), torch.no_grad():
+        np.testing.assert_allclose(ours.vectors(), theirs(torch.arange(5)).numpy(), atol=1e-6)

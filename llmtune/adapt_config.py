@@ -3,22 +3,31 @@
     adapt: {rank: 8}                                    method lora, where none is named
     adapt: [{method: lora, targets: attention}, ...]    a list
 
-A new method is a dataclass here, its transform in `llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
+A new method is a dataclass here (those that add to the computation: in `llmtune/added_config.py`), its transform in
+`llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from llmtune.added_config import (
+    FROM,
+    SAVED,
+    AdapterFusion,
+    Houlsby,
+    ParallelAdapter,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Require,
+    check_continued,
+)
 from llmtune.config_key import key
 
-Require = Callable[[bool, str, str], None]  # (condition, key, what is said where it does not hold)
-SAVED = (
-    "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)"
-)
 TARGETS = "all-linear, attention, mlp, experts, names such as q_proj, or regular expressions on paths"
-FROM = "a PEFT directory to continue: its method, rank, alpha, targets and modules_to_save hold"
 DROPOUT = "share of the adapter's input that is dropped in each training step"
 
 
@@ -126,7 +135,20 @@ class Full:
         require(bool(self.train), f"{at}.train", "no weight is given")
 
 
-Method = Lora | Dora | Ia3 | Vera | Full  # the first is the default
+Method = (  # the first is the default
+    Lora
+    | Dora
+    | Ia3
+    | Vera
+    | Full
+    | PromptTuning
+    | PTuning
+    | PrefixTuning
+    | Houlsby
+    | Pfeiffer
+    | ParallelAdapter
+    | AdapterFusion
+)
 METHODS: dict[str, type] = {kind.method: kind for kind in get_args(Method)}
 Adapt = Method | list[Method]
 
@@ -172,8 +194,4 @@ def check_adapt(adapt: Any, require: Require) -> None:
 def _check_shared(section: Any, require: Require, at: str) -> None:
     require(bool(section.targets), f"{at}.targets", "no target is given")
     require(0 <= section.dropout < 1, f"{at}.dropout", f"{section.dropout} must lie in [0, 1)")
-    require(
-        section.from_ is None or not section.modules_to_save,
-        f"{at}.modules_to_save",
-        f"the adapter that {at}.from names says this; leave it out",
-    )
+    check_continued(section, require, at)

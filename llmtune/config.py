@@ -8,7 +8,8 @@ import math
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from llmtune.adapt_config import METHODS, Adapt, check_adapt, sections
+from llmtune.adapt_config import METHODS, Adapt, check_adapt, places, sections
+from llmtune.added_config import VIRTUAL
 from llmtune.config_key import key
 from llmtune.errors import LlmtuneConfigError
 
@@ -197,10 +198,27 @@ def check(run: Run) -> None:
         added[0][0] if added else "data",
         "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
     )
+    for at, section in places(run.adapt):
+        if isinstance(section, VIRTUAL):
+            require_room(section.virtual_tokens, data, f"{at}.virtual_tokens")
     for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
                         ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
                         ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
         require(value is None or value > 0, path, f"{value} must be positive")
+
+
+def require_room(virtual_tokens: int, data: Data, path: str) -> None:
+    """Whether rows can begin with so many virtual tokens; `path`: the key that asks for them."""
+    if data.packing:
+        raise LlmtuneConfigError(
+            f"data.packing: virtual tokens ({path}) stand before a row, which therefore holds one document; "
+            "set data.packing: false"
+        )
+    if virtual_tokens >= data.sequence_length:
+        raise LlmtuneConfigError(
+            f"{path}: {virtual_tokens} virtual tokens are longer than the rows of data.sequence_length "
+            f"{data.sequence_length}; take fewer, or longer rows"
+        )
 
 
 def _is_text(token: str) -> bool:

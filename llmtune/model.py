@@ -60,6 +60,8 @@ class Model:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise LlmtuneConfigError(f"tokens: ids must lie in 0..{self.config.vocab_size - 1}")
         batch = tokens.shape[0]
+        if _documents(segment_ids) > 1 and self.bind(self.params).decoder().virtual_tokens():
+            raise LlmtuneConfigError("segment_ids: with virtual tokens (a prompt or a prefix) a row holds one document")
         extra = -batch % axis_size(self.mesh, self.strategy.spec("batch")[0])
         layout = NamedSharding(self.mesh, self.strategy.spec("batch", "seq"))
         with jax.set_mesh(self.mesh):
@@ -135,7 +137,7 @@ def load(
     source, on_top = pretrained.open_source(base), [*own, *adapters]
     for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
         source = pretrained.fit_to_adapter(source, adapter)
-        source = pretrained.as_exported(source, adapter.with_name("model"))
+        source = pretrained.as_exported(source, adapter)
     for adapter in adapters:
         source = pretrained.fit_to_adapter(source, adapter)
     graphdef, declared = declare(source.config)
@@ -171,6 +173,11 @@ def build_params(
         drawn = materialize(additions, jax.random.key(seed), mesh, strategy)
         with strategy.active():
             return build(transform, params, drawn)
+
+
+def _documents(segment_ids: np.ndarray) -> int:
+    """The largest number of documents in a row."""
+    return max((len(set(row) - {0}) for row in segment_ids.tolist()), default=0)
 
 
 def document_positions(segment_ids: np.ndarray) -> np.ndarray:
@@ -224,7 +231,7 @@ def _run_directory(path: Path) -> tuple[str, list[Path]] | None:
     if not (path / "config.yaml").is_file() or (path / "config.json").exists():
         return None
     model, adapter = path / "export" / "model", path / "export" / "adapter"
-    if not model.is_dir():
+    if not model.is_dir() and not adapter.is_dir():
         raise LlmtuneConfigError(
             f"{path}: this run has no export yet; let it finish (the same train command resumes it)"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_convert.peft import lora, vectors, whole
+from checkpoints_convert.peft import bottleneck, lora, vectors, virtual, whole
 from checkpoints_convert.peft.directory import CONFIG, WEIGHTS, PeftDirectory, open_peft
 from checkpoints_convert.safetensors_header import read_header
 from checkpoints_convert.safetensors_reader import WeightDirectory
@@ -36,6 +36,12 @@ METHODS: dict[str, Method] = {
     "LORA": Method(lora.read, lora.write, lambda values: values.factors),
     "IA3": Method(vectors.read_ia3, vectors.write_ia3, lambda values: values),
     "VERA": Method(vectors.read_vera, vectors.write_vera, lambda values: values.inner),
+    "PREFIX_TUNING": Method(virtual.read_prefix, virtual.write_prefix, lambda values: ()),
+    "PROMPT_TUNING": Method(virtual.read_prompt, virtual.write_prompt, lambda values: ()),
+    "P_TUNING": Method(virtual.read_prompt, virtual.write_p_tuning, lambda values: ()),
+    "LLMTUNE_SEQUENTIAL": Method(bottleneck.read, bottleneck.write, lambda values: values.fields),
+    "LLMTUNE_PARALLEL": Method(bottleneck.read, bottleneck.write, lambda values: ()),
+    "LLMTUNE_FUSION": Method(bottleneck.read, bottleneck.write, lambda values: values.fields),
 }
 
 

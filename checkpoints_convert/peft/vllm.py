@@ -15,6 +15,8 @@ from checkpoints_convert.peft.whole import whole_name
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 DEFAULT_RANK = 16
 MERGE = "serve the merged model (export/model of a run, or llmtune.load(...).save) instead"
+MERGEABLE = ("IA3", "VERA")
+ALONE = "it cannot be merged either: use it from llmtune, or train one of lora, dora, ia3 and vera"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def findings(directory: PeftDirectory) -> list[Finding]:
     settings = directory.settings
     method = settings.get("peft_type")
     if method != "LORA":
-        return [Finding(True, f"peft_type is {method}; only LORA is served", MERGE)]
+        return [Finding(True, f"peft_type is {method}; only LORA is served", MERGE if method in MERGEABLE else ALONE)]
     found = [Finding(True, what, mend) for what, mend in _refused(directory)]
     ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
     highest = max(ranks)

@@ -95,9 +95,11 @@ def read_batches(source: BatchSource, start: int) -> Iterator[HostBatch]:
     return iter(batches.to_iter_dataset(options))
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int, sequence_length: int, limit: int | None) -> list[HostBatch]:
-    """Every example exactly once, packed; the last batch is filled up with padding. `limit`: at most so many batches."""
-    plan = plan_epoch(dataset.lengths, sequence_length, seed=0, epoch=0, packing=True, shuffle=False)
+def evaluation_batches(
+    dataset: Dataset, batch_size: int, sequence_length: int, limit: int | None, *, packing: bool = True
+) -> list[HostBatch]:
+    """Every example exactly once; the last batch is filled up with padding. `limit`: at most so many batches."""
+    plan = plan_epoch(dataset.lengths, sequence_length, seed=0, epoch=0, packing=packing, shuffle=False)
     rows = [plan.row(r) for r in range(len(plan))]
     rows += [np.zeros(0, np.int64)] * (-len(rows) % batch_size)
     groups = [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]

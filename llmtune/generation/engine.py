@@ -63,7 +63,8 @@ class Engine:
     ) -> list[list[int]]:
         """Completions without the eos that ended them. `finished(completion)` may end a row early (stop strings)."""
         _check(prompts, self.config.vocab_size, max_new_tokens)
-        rows = _left_padded(prompts, multiple=axis_size(self.mesh, self.strategy.spec("batch")[0]))
+        virtual = self.bind(params).decoder().virtual_tokens()
+        rows = _left_padded(prompts, multiple=axis_size(self.mesh, self.strategy.spec("batch")[0]), virtual=virtual)
         length = rows.tokens.shape[1] + _round_up(max_new_tokens, SLICE)
         arrange = arrangement(self.mesh)
         prefill, decode = _compiled(self.bind, self.config, self.strategy, sampling, tuple(eos_ids), length, arrange)
@@ -88,15 +89,18 @@ class _Rows:
     positions: np.ndarray
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], multiple: int) -> _Rows:
-    """int32 [batch, seq]: prompts at the right end of rows of a rounded length; rows without a prompt fill up `batch`."""
-    batch, longest = _round_up(len(prompts), multiple), max(map(len, prompts))
+def _left_padded(prompts: Sequence[Sequence[int]], multiple: int, virtual: int) -> _Rows:
+    """int32 [batch, seq]: prompts at the right end of rows of a rounded length; rows without a prompt fill up `batch`.
+
+    `virtual`: so many places before each prompt belong to the model's virtual tokens.
+    """
+    batch, longest = _round_up(len(prompts), multiple), virtual + max(map(len, prompts))
     seq = max(16, 1 << (longest - 1).bit_length()) if longest <= 512 else _round_up(longest, 256)
     tokens = np.zeros((batch, seq), np.int32)
     segment_ids = np.zeros((batch, seq), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, seq - len(prompt) :] = prompt
-        segment_ids[row, seq - len(prompt) :] = 1
+        segment_ids[row, seq - len(prompt) - virtual :] = 1
     positions = np.maximum(np.cumsum(segment_ids, axis=1, dtype=np.int32) - 1, 0)
     return _Rows(tokens, segment_ids, positions)
 

@@ -16,7 +16,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
 from llmtune.models.rope import Rotations, rotate
 from llmtune.sharding import spec
-from llmtune.weights import normal
+from llmtune.weights import normal, put
 
 
 class Layer(NamedTuple):
@@ -32,7 +32,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer, Any], tuple[jax.Array
 
 
 class Attention(nnx.Module):
-    """[batch, seq, hidden] -> the same. `prefix` is the slot of prefix tuning."""
+    """[batch, seq, hidden] -> the same. `prefix` is the slot of prefix tuning; `virtual` says where its tokens stand."""
 
     def __init__(self, config: ModelConfig):
         hidden, size, init = config.hidden_size, config.head_dim, normal(config.initializer_range)
@@ -43,17 +43,33 @@ class Attention(nnx.Module):
         self.k = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)
         self.v = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)
         self.o = declare(heads * size, hidden, ("heads", "embed"), out_axes=out_axes)
-        self.prefix = nnx.Param(None)
+        self.prefix: nnx.Param[Any] = nnx.Param(None)
         self.heads, self.kv_heads = heads, kv_heads
 
     def __call__(
-        self, x: jax.Array, rotations: Rotations, attend: Attend, layer: Layer, cache: Any
+        self,
+        x: jax.Array,
+        rotations: Rotations,
+        attend: Attend,
+        layer: Layer,
+        cache: Any,
+        virtual: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         q = checkpoint_name(rotate(_split_heads(self.q(x), self.heads, "act_heads"), rotations.queries), "q")
         k = checkpoint_name(rotate(_split_heads(self.k(x), self.kv_heads, "act_kv_heads"), rotations.keys), "k")
         v = checkpoint_name(_split_heads(self.v(x), self.kv_heads, "act_kv_heads"), "v")
+        if virtual is not None:
+            k, v = self.prefixed(k, v, virtual)
         out, cache = attend(q, k, v, layer, cache)
         return self.o(_merge_heads(out)), cache
+
+    def prefixed(self, k: jax.Array, v: jax.Array, virtual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values with the learned ones in the places of virtual tokens, where there is a prefix."""
+        prefix = self.prefix.get_value()
+        if prefix is None:
+            return k, v
+        learned = (_split_heads(x, self.kv_heads, "act_kv_heads") for x in prefix.spread(virtual, k.dtype))
+        return tuple(put(x, own, virtual) for x, own in zip((k, v), learned, strict=True))  # type: ignore[return-value]
 
 
 def _split_heads(x: jax.Array, heads: int, axis: str) -> jax.Array:

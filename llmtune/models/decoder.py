@@ -32,7 +32,16 @@ from llmtune.models.mlp import MLP, Sums
 from llmtune.models.moe import MoE
 from llmtune.models.norm import RMSNorm
 from llmtune.models.rope import Rotations, rotations
-from llmtune.weights import ArraySpec, Tied, Weight, embed_lookup, join_shared, normal, split_shared
+from llmtune.weights import (
+    ArraySpec,
+    Tied,
+    Weight,
+    embed_lookup,
+    join_shared,
+    normal,
+    places,
+    split_shared,
+)
 
 Params = dict[str, Any]
 Remat = Callable[[Callable], Callable]  # wraps the function of one block: the identity, or jax.checkpoint with a policy
@@ -55,8 +64,9 @@ class Block(nnx.Module):
         layer: Layer,
         cache: Any,
         counted: jax.Array | None = None,
+        virtual: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Sums]:
-        mixed, cache = self.attention(self.attention_norm(x), rotations, attend, layer, cache)
+        mixed, cache = self.attention(self.attention_norm(x), rotations, attend, layer, cache, virtual)
         x = checkpoint_name(x + mixed, "attended")
         fed, sums = self.mlp(self.mlp_norm(x), counted)
         return x + fed, cache, sums
@@ -112,9 +122,15 @@ class Decoder(nnx.Module):
 
         tokens and positions int32 [batch, seq]; the cache, where there is one, is carried through all layers, so that
         writing one token's keys touches no other layer's. `counted` float32 [batch, seq]: 1 where a token's routing counts
-        (default: all); without experts the sums are empty.
+        (default: all); without experts the sums are empty. The first `virtual_tokens()` positions of a document are those
+        of virtual tokens, whatever id stands there.
         """
         x = self.embed(tokens).astype(dtype)
+        number = self.virtual_tokens()
+        virtual = places(positions, number) if number else None
+        prompt = self.prompt.get_value()
+        if prompt is not None:
+            x = prompt.put(x, virtual)
         turns = rotations(self.config.rope, self.config.head_dim, positions)
         total: Sums = {}
         first = 0
@@ -123,12 +139,18 @@ class Decoder(nnx.Module):
             stacked, shared = split_shared(weights)
 
             def call(x, cache, params, layer, block=block, shared=shared):
-                return nnx.merge(block, join_shared(params, shared))(x, turns, attend, layer, cache, counted)
+                module = nnx.merge(block, join_shared(params, shared))
+                return module(x, turns, attend, layer, cache, counted, virtual)
 
             x, cache, sums = _scan_layers(call, stacked, first, self.config.windows, x, cache, remat)
             total = _add(total, sums)
             first += _depth(stacked)
         return self.norm(x), cache, total
+
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens each document begins with: as many as fill the slots `prompt` or `attention/prefix`."""
+        fillings = [self.prompt.get_value(), *(segment.attention.prefix.get_value() for segment in self.layers)]
+        return max((filling.length for filling in fillings if filling is not None), default=0)
 
     def head_weight(self) -> Weight:
         """The matrix [hidden, vocab], as an array or an operator."""

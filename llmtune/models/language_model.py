@@ -7,7 +7,8 @@
     model.logits(...)                                   -> float32 [batch, seq, vocab]
     model.reference                                     the same record with other weights, or None
 
-Rows are int32 [batch, seq]; segment_ids: 0 is padding, 1.. are documents, tokens see their own document only.
+Rows are int32 [batch, seq]; segment_ids: 0 is padding, 1.. are documents, tokens see their own document only. Where the model
+has virtual tokens, each row holds one document; they are put before it and left out of what comes back.
 """
 
 from dataclasses import dataclass
@@ -53,8 +54,12 @@ class LanguageModel:
         """Hidden states after the last norm. `key` is for dropout, where a weight has any."""
         del key
         decoder, counted = self.decoder(), (segment_ids > 0).astype(jnp.float32)
+        virtual = decoder.virtual_tokens()
+        if virtual:
+            tokens, positions, segment_ids, counted = _with_room(virtual, tokens, positions, segment_ids, counted)
         attend = attend_within_row(segment_ids, self.packed)
         hidden, _, sums = decoder.hidden(tokens, positions, attend, counted=counted, dtype=self.dtype, remat=self.remat)
+        hidden = hidden[:, virtual:] if virtual else hidden
         experts = decoder.config.experts
         return hidden, {} if experts is None else routing_losses(sums, experts)
 
@@ -75,6 +80,17 @@ class LanguageModel:
         """float32 [batch, seq, vocab]: for evaluation of short rows; training goes through `token_log_probs`."""
         hidden, _ = self.hidden(tokens, positions, segment_ids)
         return linear(hidden, self.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
+
+
+def _with_room(
+    number: int, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, counted: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The rows [batch, number + seq], with places for virtual tokens before their document; their routing does not count."""
+    front = ((0, 0), (number, 0))
+    index = jnp.arange(number + tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(index < number, index, jnp.pad(positions + number, front))
+    segment_ids = jnp.where(index < number, segment_ids.max(axis=1, keepdims=True), jnp.pad(segment_ids, front))
+    return jnp.pad(tokens, front), positions, segment_ids, jnp.pad(counted, front)
 
 
 def attend_within_row(segment_ids: jax.Array, packed: bool = True) -> Attend:

@@ -1,5 +1,7 @@
 """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -20,9 +22,10 @@ class MLP(nnx.Module):
         self.gate = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide, bias=bias)
         self.up = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide, bias=bias)
         self.down = Linear(inner, hidden, ("mlp", "embed"), init=init, out_axes=narrow, bias=bias)
-        self.adapter = nnx.Param(None)
+        self.adapter: nnx.Param[Any] = nnx.Param(None)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         del counted
         gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
-        return self.down(jax.nn.silu(gate) * up), {}
+        out, adapter = self.down(jax.nn.silu(gate) * up), self.adapter.get_value()
+        return out if adapter is None else out + adapter.change(x), {}

@@ -52,7 +52,7 @@ class ExpertMLP(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """[batch, seq, hidden] -> the same, and the sums of its routing."""
+    """[batch, seq, hidden] -> the same, and the sums of its routing. `adapter` is the slot of a parallel adapter."""
 
     def __init__(self, config: ModelConfig):
         assert config.experts is not None
@@ -65,11 +65,12 @@ class MoE(nnx.Module):
             out_axes=("batch", "seq", None),
         )
         self.experts = ExpertMLP(config, self.number)
+        self.adapter: nnx.Param[Any] = nnx.Param(None)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         weights, chosen, logits, probabilities = self.route(x)
-        out = self.through_experts(x, chosen, weights)
-        return out, routing_sums(logits, probabilities, chosen, counted)
+        out, adapter = self.through_experts(x, chosen, weights), self.adapter.get_value()
+        return out if adapter is None else out + adapter.change(x), routing_sums(logits, probabilities, chosen, counted)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(weights, chosen) [batch, seq, k], and the (logits, probabilities) [batch, seq, experts] they come from."""

@@ -8,15 +8,17 @@ save_adapter(path, params, source)     a PEFT directory
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from checkpoints_convert import companions, peft
 from checkpoints_convert.peft.factors import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
 from checkpoints_convert.peft.vectors import Gains as PeftGains
 from checkpoints_convert.peft.vectors import VeraValues
-from llmtune.errors import LlmtuneConfigError
+from checkpoints_convert.safetensors_reader import read_json
+from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
+from llmtune.pretrained.added import ADDED, Family, Weights, added_name
 from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
 from llmtune.transforms import (
     Factors,
@@ -32,15 +34,6 @@ from llmtune.transforms import (
     weights_by_path,
 )
 from llmtune.weights import IA3, VeRA, beneath, is_adapter, low_rank_values
-
-Weights = Mapping[str, Any]  # arrays and operators, by path
-
-
-class Family(NamedTuple):
-    """`given`: (values as read, dropout) -> the transform that puts them in; `collect`: weights -> values, None where none."""
-
-    given: Callable[[Any, float], Transform]
-    collect: Callable[[Weights], Any]
 
 
 def _lora_given(values: LoraValues, dropout: float) -> Transform:
@@ -94,7 +87,9 @@ FAMILIES: dict[str, Family] = {
     "LORA": Family(_lora_given, _lora_collect),
     "IA3": Family(_ia3_given, _ia3_collect),
     "VERA": Family(_vera_given, _vera_collect),
+    **ADDED,
 }
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -125,8 +120,15 @@ def fit_to_adapter(source: Source, path: str | Path) -> Source:
     return replace(source, companions=(*source.companions, path)) if companions.has_tokenizer(path) else source
 
 
-def as_exported(source: Source, path: Path) -> Source:
-    """The base with the tokenizer, and the ends of a text, that the merged export of its adapter has."""
+def as_exported(source: Source, adapter: Path) -> Source:
+    """The base with the tokenizer, and the ends of a text, that the export of a run has.
+
+    They lie in the merged model beside the adapter; where it could not be merged, with the adapter.
+    """
+    path = adapter.with_name("model")
+    if not path.is_dir():
+        ends = read_json(adapter / GENERATION)["eos_token_id"]
+        return replace(source, config=replace(source.config, eos_token_ids=tuple(ends)))
     config = replace(source.config, eos_token_ids=open_source(str(path)).config.eos_token_ids)
     return replace(source, config=config, companions=(*source.companions, path))
 
@@ -148,7 +150,16 @@ def _method(adapter: peft.Adapter) -> str:
     dora = isinstance(adapter.values, LoraValues) and any(
         own.magnitude is not None for own in adapter.values.factors.values()
     )
-    return "dora" if dora else adapter.method.lower()
+    return "dora" if dora else added_name(adapter) or adapter.method.lower()
+
+
+def read_factors(path: str | Path, config: ModelConfig) -> Mapping[str, Factors]:
+    """The values of a LoRA directory, by path. One of another method, or that brings weights in whole, is refused."""
+    adapter = peft.read_adapter(Path(path), config)
+    if adapter.whole or not isinstance(adapter.values, LoraValues) or _method(adapter) != "lora":
+        more = "weights in whole" if adapter.whole else f"the method {_method(adapter)}"
+        raise LlmtuneFormatError(f"{path}: it brings {more}; a bank is of LoRA adapters alone")
+    return {n: Factors(own.a, own.b, own.scale, own.ranks) for n, own in adapter.values.factors.items()}
 
 
 def save_adapter(

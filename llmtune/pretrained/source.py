@@ -27,7 +27,7 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy, placed_by_compiler
 from llmtune.shipped import configs_directory, resolve
-from llmtune.transforms import resize_vocabulary, weights_by_path, without_vocabulary_axis
+from llmtune.transforms import refuse_without_dense, resize_vocabulary, weights_by_path, without_vocabulary_axis
 from llmtune.weights import dense, is_operator, layer, map_stacked, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
@@ -197,8 +197,9 @@ def save(
     """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
-    `complete` puts into the directory what else belongs there, before it appears.
+    `complete` puts into the directory what else belongs there, before it appears. What cannot be merged is refused.
     """
+    refuse_without_dense(params)
 
     def finish(directory: Path) -> None:
         if tokenizer is not None:

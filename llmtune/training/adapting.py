@@ -10,8 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune import pretrained
-from llmtune.adapt_config import Dora, Full, Ia3, Lora, LowRankSection, Vera
+from llmtune.adapt_config import (
+    AdapterFusion,
+    Dora,
+    Full,
+    Houlsby,
+    Ia3,
+    Lora,
+    LowRankSection,
+    ParallelAdapter,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Vera,
+)
 from llmtune.errors import LlmtuneConfigError
+from llmtune.models.config import ModelConfig
 from llmtune.transforms import (
     INITIAL,
     Params,
@@ -19,39 +34,48 @@ from llmtune.transforms import (
     chain,
     dora,
     full,
+    fusion_of,
     ia3,
     lora,
+    not_mergeable,
+    p_tuning,
+    parallel_adapters,
+    prefix_tuning,
+    prompt_tuning,
     select_whole,
+    sequential_adapters,
     train_whole,
     vera,
     weights_by_path,
 )
 from llmtune.weights import beneath, is_adapter
 
-MakeTransform = Callable[[Any, Params], Transform]  # (section, declared weights that it is applied to) -> transform
+# (section, declared weights that it is applied to, what the model is) -> transform
+MakeTransform = Callable[[Any, Params, ModelConfig], Transform]
 
 
 def _low_rank(make: Callable[..., Transform]) -> MakeTransform:
     fields = ("rank", "alpha", "targets", "rslora", "dropout", "rank_pattern", "alpha_pattern", "layers")
 
-    def of_section(section: LowRankSection, declared: Params) -> Transform:
-        del declared
+    def of_section(section: LowRankSection, declared: Params, config: ModelConfig) -> Transform:
+        del declared, config
         return make(**{name: getattr(section, name) for name in fields}, initial=INITIAL.get(section.initial))
 
     return of_section
 
 
-def _ia3(section: Ia3, declared: Params) -> Transform:
-    del declared
+def _ia3(section: Ia3, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return ia3(targets=section.targets, feedforward=section.feedforward)
 
 
-def _vera(section: Vera, declared: Params) -> Transform:
-    del declared
+def _vera(section: Vera, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
     return vera(rank=section.rank, targets=section.targets, d_initial=section.d_initial, dropout=section.dropout)
 
 
-def _full(section: Full, declared: Params) -> Transform:
+def _full(section: Full, declared: Params, config: ModelConfig) -> Transform:
+    del config
     rules = [section.train] if isinstance(section.train, str) else section.train
     chosen = weights_by_path(declared) if rules == ["all"] else select_whole(declared, rules, key="adapt.train")
     stays = select_whole(declared, section.freeze, key="adapt.freeze")
@@ -61,6 +85,36 @@ def _full(section: Full, declared: Params) -> Transform:
     return train_whole(left)
 
 
+def _prompt_tuning(section: PromptTuning, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return prompt_tuning(virtual_tokens=section.virtual_tokens)
+
+
+def _p_tuning(section: PTuning, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return p_tuning(virtual_tokens=section.virtual_tokens, encoder_hidden=section.encoder_hidden)
+
+
+def _prefix_tuning(section: PrefixTuning, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return prefix_tuning(virtual_tokens=section.virtual_tokens)
+
+
+def _sequential(section: Houlsby | Pfeiffer, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return sequential_adapters(section.method, size=section.size)
+
+
+def _parallel(section: ParallelAdapter, declared: Params, config: ModelConfig) -> Transform:
+    del declared, config
+    return parallel_adapters(size=section.size, scale=section.scale)
+
+
+def _fusion(section: AdapterFusion, declared: Params, config: ModelConfig) -> Transform:
+    del declared
+    return fusion_of([pretrained.read_branches(path, config) for path in section.adapters])
+
+
 DEFAULT = Lora.method
 METHODS: dict[type, MakeTransform] = {
     Lora: _low_rank(lora),
@@ -68,15 +122,23 @@ METHODS: dict[type, MakeTransform] = {
     Ia3: _ia3,
     Vera: _vera,
     Full: _full,
+    PromptTuning: _prompt_tuning,
+    PTuning: _p_tuning,
+    PrefixTuning: _prefix_tuning,
+    Houlsby: _sequential,
+    Pfeiffer: _sequential,
+    ParallelAdapter: _parallel,
+    AdapterFusion: _fusion,
 }
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """`whole`: the paths of weights that train in whole beside an adapter, and belong to it."""
+    """`whole`: the paths of weights that train in whole beside an adapter, and belong to it; `declared`: the weights adapted."""
 
     transform: Transform
     whole: tuple[str, ...]
+    declared: Params
 
 
 def choose_transform(
@@ -87,7 +149,7 @@ def choose_transform(
     `grown`: tokens were added, so that their rows must train.
     """
     if not sections:
-        return Adaptation(full, ())
+        return Adaptation(full, (), declared)
     transforms, whole, adapted = [], [], declared
     for number, section in enumerate(sections):
         at = f"adapt.{number}" if len(sections) > 1 else "adapt"
@@ -100,12 +162,18 @@ def choose_transform(
             transforms.append(adapter.transform)
             whole += adapter.whole
         else:
-            transforms.append(METHODS[type(section)](section, adapted))
+            transforms.append(METHODS[type(section)](section, adapted, source.config))
         adapted = transforms[-1].apply(adapted, transforms[-1].init(adapted))
         _refuse_twice(adapted, at)
+    alone = not_mergeable(adapted)
+    if alone is not None and len(sections) > 1:
+        raise LlmtuneConfigError(
+            f"adapt: {alone[1]} in {alone[0]} cannot be merged, and no adapter directory holds two methods; train the other one "
+            "first, and this one over its merged export"
+        )
     rules = [rule for section in sections if section.from_ is None for rule in section.modules_to_save]
     own = select_whole(declared, [*rules, *(("embed_tokens", "lm_head") if grown else ())])
-    return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])))
+    return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])), adapted)
 
 
 def _refuse_twice(adapted: Params, at: str) -> None:

@@ -36,6 +36,7 @@ class Evaluator:
             self.run.train.batch_size,
             self.run.data.sequence_length,
             self.run.evaluate.max_batches,
+            packing=not self.program.virtual_tokens,
         )
         documents = max(int(batch["segment_ids"].max()) for batch in batches)
         share = own_rows(self.run.train.batch_size)

@@ -15,6 +15,7 @@ from llmtune import pretrained
 from llmtune.data import RunData
 from llmtune.tokenizers import write_chat_template
 from llmtune.training.vocabulary import Vocabulary
+from llmtune.transforms import not_mergeable
 
 
 def export_run(
@@ -29,12 +30,15 @@ def export_run(
 ) -> dict[str, Path]:
     """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
+    Where the adapter cannot be merged there is no model, and what would lie beside it lies with the adapter.
+
     The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
     of weights that trained in whole beside the adapter, which therefore belong to it.
     """
-    written = {"model": directory / "model"} | ({"adapter": directory / "adapter"} if adapted else {})
-    for path in written.values():
+    paths = {"model": directory / "model", "adapter": directory / "adapter"}
+    for path in paths.values():
         shutil.rmtree(path, ignore_errors=True)
+    merged = not_mergeable(params) is None
     tokenizer = vocabulary.tokenizer
 
     def complete(partial: Path) -> None:
@@ -45,10 +49,20 @@ def export_run(
         complete(partial)
         write_ends(partial, data.end_ids, known=tokenizer is None)
 
-    pretrained.save(written["model"], params, source, tokenizer=tokenizer, complete=complete_model)
+    def complete_alone(partial: Path) -> None:
+        complete(partial)
+        ends = dict.fromkeys([*(source.config.eos_token_ids if tokenizer is None else ()), *data.end_ids])
+        (partial / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": list(ends)}) + "\n", encoding="utf-8"
+        )
+
+    if merged:
+        pretrained.save(paths["model"], params, source, tokenizer=tokenizer, complete=complete_model)
     if adapted:
-        pretrained.save_adapter(written["adapter"], params, source, whole=whole, tokenizer=tokenizer, complete=complete)
-    return written
+        home = tokenizer if merged else tokenizer or source.tokenizer_directory
+        finish = complete if merged else complete_alone
+        pretrained.save_adapter(paths["adapter"], params, source, whole=whole, tokenizer=home, complete=finish)
+    return {kind: path for kind, path in paths.items() if path.is_dir()}
 
 
 def write_ends(directory: Path, ends: Sequence[int], *, known: bool) -> None:

@@ -39,7 +39,7 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 class Program:
     """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
 
-    `whole`: the paths of weights that train in whole beside an adapter.
+    `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with.
     """
 
     mesh: Mesh
@@ -50,6 +50,7 @@ class Program:
     held_out_step: EvalStep
     row_multiple: int
     whole: tuple[str, ...]
+    virtual_tokens: int
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
         """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
@@ -86,7 +87,7 @@ def build_program(
         remat=POLICIES[run.train.remat],
         head_chunk=HEAD_CHUNK.get(mesh.devices.flat[0].platform, 512),
     )
-    training = functools.partial(bind, packed=run.data.packing)  # held-out rows are packed in any run
+    training = functools.partial(bind, packed=run.data.packing)  # held-out rows are packed in nearly any run
     objective = OBJECTIVES[run.objective]
     program = Program(
         mesh,
@@ -97,6 +98,7 @@ def build_program(
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         multiple,
         weights.whole,
+        weights.virtual_tokens,
     )
     return program, init_state(weights.trainable, optimizer)
 

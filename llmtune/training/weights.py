@@ -7,10 +7,11 @@ from jax.sharding import Mesh
 
 from llmtune import pretrained
 from llmtune.adapt_config import sections
-from llmtune.config import Run, Sharding
+from llmtune.config import Run, Sharding, require_room
 from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
 from llmtune.models.decoder import declare
+from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
 from llmtune.training.adapting import choose_transform
@@ -21,13 +22,14 @@ from llmtune.transforms import partition
 class Weights:
     """A model ready to train: its structure, what trains and what stays (each None where the other has an array).
 
-    `whole`: the paths of weights that train in whole beside an adapter.
+    `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with.
     """
 
     graphdef: Any
     trainable: Any
     frozen: Any
     whole: tuple[str, ...]
+    virtual_tokens: int
 
 
 def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | None = None) -> tuple[Mesh, Strategy]:
@@ -44,8 +46,11 @@ def prepare_weights(
     """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
     graphdef, declared = declare(source.config)
     adapt = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
+    virtual = LanguageModel(graphdef, adapt.declared).decoder().virtual_tokens()
+    if virtual:
+        require_room(virtual, run.data, "adapt")
     dtype = "float32" if run.adapt is None else None
     params = build_params(
         source, declared, adapt.transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
     )
-    return Weights(graphdef, *partition(params, adapt.transform.trains), adapt.whole)
+    return Weights(graphdef, *partition(params, adapt.transform.trains), adapt.whole, virtual)

@@ -1,29 +1,43 @@
 """Weights: arrays or operators, and the four doors through which models touch them. Stands on `sharding` only."""
 
 from llmtune.weights.adapters import LowRankValues, beneath, is_adapter, low_rank_values
+from llmtune.weights.bank import Bank
+from llmtune.weights.bottleneck import Bottleneck, Branch, Parallel
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
 from llmtune.weights.dora import DoRA, measured
 from llmtune.weights.dropout import with_dropout_keys
+from llmtune.weights.fusion import Fusion
 from llmtune.weights.ia3 import IA3
 from llmtune.weights.layers import join_shared, layer, map_stacked, split_shared
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Adapter, Operator, is_operator, map_fields
+from llmtune.weights.operator import Adapter, Node, Operator, is_operator, map_fields, without_dense
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
 from llmtune.weights.vera import VeRA
+from llmtune.weights.virtual import EncodedPrompt, Prefix, Prompt, VirtualPrompt, places, put
 
 __all__ = [
     "IA3",
     "Adapter",
     "ArraySpec",
+    "Bank",
+    "Bottleneck",
+    "Branch",
     "DoRA",
+    "EncodedPrompt",
+    "Fusion",
     "Initializer",
     "LoRA",
     "LowRankValues",
+    "Node",
     "Operator",
+    "Parallel",
+    "Prefix",
+    "Prompt",
     "Tied",
     "VeRA",
+    "VirtualPrompt",
     "Weight",
     "add_bias",
     "beneath",
@@ -44,9 +58,12 @@ __all__ = [
     "measured",
     "normal",
     "path_name",
+    "places",
+    "put",
     "shardings",
     "split_shared",
     "unembed",
     "uniform",
     "with_dropout_keys",
+    "without_dense",
 ]

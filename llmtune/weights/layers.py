@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from llmtune.weights.operator import Operator, is_operator
+from llmtune.weights.operator import Node, is_operator
 
 
 def split_shared(tree: Any) -> tuple[Any, Any]:
@@ -40,7 +40,7 @@ def layer(tree: Any, number: Any) -> Any:
 
 def _map(tree: Any, function: Callable[[Any, bool], Any]) -> Any:
     def descend(node: Any, shared: bool) -> Any:
-        if not isinstance(node, Operator):
+        if not isinstance(node, Node):
             return function(node, shared)
         own = {field.name: field.metadata.get("static", False) for field in fields(node)}  # type: ignore[arg-type]
         return type(node)(

@@ -12,11 +12,26 @@ from typing import Any, ClassVar
 import jax
 
 
-class Operator(abc.ABC):
-    """What every weight operator does. Subclasses are frozen dataclasses registered as pytree nodes, and final."""
+class Node:
+    """More than an array in a tree of weights: an operator in the place of a matrix, or what fills an optional slot.
+
+    Subclasses are frozen dataclasses registered as pytree nodes, and abstract or final.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
     shared: ClassVar[tuple[str, ...]] = ()  # the fields that have no layer axis: one array serves all layers of a stack
+    has_dense: ClassVar[bool] = False  # whether a plain array can stand in its place
+
+    def with_key(self, key: jax.Array) -> "Node":
+        """The same weight for one training step: operators with dropout take the key (see `llmtune.weights.dropout`)."""
+        del key
+        return self
+
+
+class Operator(Node, abc.ABC):
+    """What every weight operator does."""
+
+    has_dense: ClassVar[bool] = True
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -37,11 +52,6 @@ class Operator(abc.ABC):
     def apply_transposed(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """`unembed`: x [batch, seq, out] times the transpose of this weight [in, out]."""
         raise TypeError(f"{type(self).__name__} has no product with its transpose")
-
-    def with_key(self, key: jax.Array) -> "Operator":
-        """The same weight for one training step: operators with dropout take the key (see `llmtune.weights.dropout`)."""
-        del key
-        return self
 
     @property
     @abc.abstractmethod
@@ -71,8 +81,16 @@ class Adapter(Operator):
 
 
 def is_operator(leaf: Any) -> bool:
-    """For `is_leaf` of tree functions that map weights rather than arrays."""
-    return isinstance(leaf, Operator)
+    """For `is_leaf` of tree functions that map weights rather than arrays: true of what fills a slot too."""
+    return isinstance(leaf, Node)
+
+
+def without_dense(weight: Any) -> Node | None:
+    """The first node of a weight, itself or one that it is built on, that no plain array can stand for."""
+    if not isinstance(weight, Node):
+        return None
+    own = (without_dense(getattr(weight, field.name)) for field in fields(weight))  # type: ignore[arg-type]
+    return weight if not weight.has_dense else next((node for node in own if node is not None), None)
 
 
 def map_fields(function: Callable[[Any, bool], Any], weight: Any) -> Any:
@@ -82,7 +100,7 @@ def map_fields(function: Callable[[Any, bool], Any], weight: Any) -> Any:
     """
 
     def descend(node: Any, trainable: bool) -> Any:
-        if not isinstance(node, Operator):
+        if not isinstance(node, Node):
             return function(node, trainable)
         names = {field.name for field in fields(node) if not field.metadata.get("static", False)}  # type: ignore[arg-type]
         children = {name: descend(getattr(node, name), trainable and name in node.trainable) for name in names}

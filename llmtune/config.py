@@ -90,6 +90,17 @@ class Adapt:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """The frozen base kept in few bits; absent: as it is stored. Takes an adapter, which is what trains."""
+
+    base: Literal["nf4", "int4", "int8", "fp8"] = key("how each number is kept; see docs/quantization.md", "nf4")
+    double: bool = key("nf4: the blocks' magnitudes in 8 bits too (4.13 bits per number instead of 4.5)", True)
+    targets: str | list[str] = key(
+        "layers (all matrices of the layers, experts too), or as adapt.targets; the embedding is never quantised", "layers"
+    )
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """How gradients become updates."""
 
@@ -156,6 +167,7 @@ class Run:
     data: Data = key("data")
     objective: Literal["pretrain", "sft"] = key("pretrain: every token is a target; sft: completions are", "sft")
     adapt: Adapt | None = key("a parameter transform; absent: full fine-tuning", None)
+    quantize: Quantize | None = key("the base in few bits; absent: as stored", None)
     optimizer: Optimizer = key("optimizer", Optimizer())
     train: Train = key("training", Train())
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
@@ -216,6 +228,9 @@ def check(run: Run) -> None:
         "optimizer.clip_norm",
         "must be positive, or null for none",
     )
+    if run.quantize is not None:
+        require(adapt is not None, "quantize", "a quantised base does not train; give an adapter (adapt), or leave it out")
+        require(bool(run.quantize.targets), "quantize.targets", "no target is given")
     if adapt is not None:
         require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
         require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")

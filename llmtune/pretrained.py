@@ -12,6 +12,7 @@ names and file formats.
     convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -44,7 +45,7 @@ from llmtune.transforms import (
     weights_by_path,
     without_vocabulary_axis,
 )
-from llmtune.weights import LoRA, dense, is_operator, materialize, shardings
+from llmtune.weights import LoRA, Quantized, dense, is_operator, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
@@ -138,20 +139,38 @@ def load(
     seed: int = 0,
     progress: Progress = lambda done: None,
 ) -> Any:
-    """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`."""
+    """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`.
+
+    What `declared` declares as quantised is encoded from the stored numbers, layer by layer.
+    """
     if source.directory is None:
-        params = materialize(declared, jax.random.key(seed), mesh, strategy)
-        return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
-    layouts = shardings(declared, mesh, strategy)
+        return _drawn(declared, mesh, strategy, dtype, seed)
     if source.resize is None:
-        return hf_weights.load_params(
-            _weights(source, source.config), source.config, layouts, dtype=dtype, progress=progress
-        )
+        layouts = shardings(declared, mesh, strategy)
+        weights = _weights(source, source.config)
+        return hf_weights.load_params(weights, source.config, declared, layouts, dtype=dtype, progress=progress)
     stored = replace(source.config, vocab_size=source.resize.stored)
     back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})
-    layouts = shardings(without_vocabulary_axis(back), mesh, strategy)
-    params = hf_weights.load_params(_weights(source, stored), stored, layouts, dtype=dtype, progress=progress)
+    loose = without_vocabulary_axis(back)
+    layouts = shardings(loose, mesh, strategy)
+    weights = _weights(source, stored)
+    params = hf_weights.load_params(weights, stored, loose, layouts, dtype=dtype, progress=progress)
     return _resized(params, back, source, mesh, strategy, seed)
+
+
+def _drawn(declared: Any, mesh: Mesh, strategy: Strategy, dtype: str | None, seed: int) -> Any:
+    """Random weights; a quantised one is drawn as its matrix would be, and encoded before the next is drawn."""
+    key = jax.random.key(seed)
+    arrays = jax.tree.map(lambda w: None if is_operator(w) else w, declared, is_leaf=is_operator)
+    given = materialize(arrays, key, mesh, strategy)
+
+    def finish(path: tuple[Any, ...], weight: Any, array: Any) -> Any:
+        if not isinstance(weight, Quantized):
+            return array if dtype in (None, "float32") else array.astype(dtype)
+        alone = functools.reduce(lambda inner, step: {step.key: inner}, reversed(path), weight.declaration)
+        return jax.jit(weight.encode)(*jax.tree.leaves(materialize(alone, key, mesh, strategy)))
+
+    return jax.tree_util.tree_map_with_path(finish, declared, given, is_leaf=is_operator)
 
 
 def _weights(source: Source, config: ModelConfig) -> Weights:
@@ -214,7 +233,8 @@ def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
         if len(place) == 2:
-            return _expert(weight, place)
+            own = jax.tree.map(lambda leaf: _expert(leaf, place), weight)
+            return np.asarray(dense(own)) if is_operator(own) else own
         if place:
             weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
         return _on_host(dense(weight) if is_operator(weight) else weight)
@@ -292,7 +312,7 @@ def save_adapter(
     adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
     if not adapters:
         raise LlmtuneConfigError("save_adapter: this model has no adapter; save() writes the whole model")
-    nested = [name for name, weight in adapters.items() if is_operator(weight.base)]
+    nested = [name for name, weight in adapters.items() if isinstance(weight.base, LoRA)]
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     factors = {

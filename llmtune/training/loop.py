@@ -11,7 +11,6 @@ from llmtune.config import Run
 from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report
-from llmtune.models.decoder import declare
 from llmtune.sharding import Devices
 from llmtune.training.announcements import Summary, conclude, describe
 from llmtune.training.checkpoint import Checkpoints
@@ -26,7 +25,7 @@ from llmtune.training.state import TrainState
 from llmtune.training.step import Metrics
 from llmtune.training.tracking import open_trackers
 from llmtune.training.vocabulary import settle_vocabulary
-from llmtune.training.weights import choose_layout
+from llmtune.training.weights import choose_layout, declare_base
 from llmtune.transforms import combine
 
 
@@ -41,7 +40,7 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
         data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
 
-        _, declared = declare(source.config)
+        _, declared = declare_base(run, source.config)
         mesh, strategy = choose_layout(run.sharding, declared, devices)
         directory = claim(run, data.digest, source.digest)
 

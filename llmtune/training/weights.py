@@ -9,6 +9,7 @@ from llmtune import pretrained
 from llmtune.config import Adapt, Run, Sharding
 from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
+from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
@@ -21,6 +22,7 @@ from llmtune.transforms import (
     identity,
     lora,
     partition,
+    quantize,
     select_whole,
     train_whole,
 )
@@ -64,11 +66,20 @@ def choose_transform(
     return chain(factors, train_whole(whole)), whole
 
 
+def declare_base(run: Run, config: ModelConfig) -> tuple[Any, Params]:
+    """The decoder's (graphdef, declared parameters), quantised where the run says so: what is loaded, and laid out."""
+    graphdef, declared = declare(config)
+    if run.quantize is None:
+        return graphdef, declared
+    own = quantize(run.quantize.base, double=run.quantize.double, targets=run.quantize.targets)
+    return graphdef, own.apply(declared, own.init(declared))
+
+
 def prepare_weights(
     run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
 ) -> Weights:
     """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
-    graphdef, declared = declare(source.config)
+    graphdef, declared = declare_base(run, source.config)
     transform, whole = choose_transform(run.adapt, source, declared, grown=bool(added_tokens(run)))
     dtype = "float32" if run.adapt is None else None
     params = build_params(

@@ -16,7 +16,7 @@ import numpy as np
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.select import select, weights_by_path
 from llmtune.transforms.transform import Params, Transform
-from llmtune.weights import ArraySpec, LoRA, constant, is_operator, path_name, uniform
+from llmtune.weights import ArraySpec, LoRA, constant, declaration, is_operator, path_name, uniform
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def lora_from(factors: Mapping[str, Factors], *, rslora: bool) -> Transform:
 
 
 def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
-    spec = _declared_matrix(base)
+    spec = declaration(base)
     if "expert" in spec.axes:
         raise LlmtuneConfigError(f"adapt.targets: {path} holds experts, which LoRA does not adapt yet; leave them out")
     (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = spec.shape, spec.axes
@@ -78,13 +78,6 @@ def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySp
         "b": ArraySpec((*lead, rank, n_out), (*lead_axes, "rank", out_axis)),
         "scale": ArraySpec(tuple(lead), tuple(lead_axes), init=constant(scale)),
     }
-
-
-def _declared_matrix(weight: Any) -> ArraySpec:
-    """The declaration of the matrix that a weight, or the innermost base of an operator, stands for."""
-    while isinstance(weight, LoRA):
-        weight = weight.base
-    return weight
 
 
 def _wrap(params: Params, additions: Mapping[str, Any], ranks: Mapping[str, Any], rslora: bool) -> Params:

@@ -2,6 +2,7 @@
 
 A weight's path is its place in the parameter tree, `layers/0/attention/q/kernel`. A rule is one of
 
+    layers                every matrix of the layers but routers, those of experts too
     all-linear            every matrix of the layers (the embedding, the head and experts excluded, as in peft)
     attention, mlp        those of one part of a block
     lm_head               the head, where it is not tied to the embedding
@@ -20,6 +21,7 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.weights import is_operator, path_name
 
 NAMED_RULES = {
+    "layers": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/|mlp/experts/.*)kernel$",
     "all-linear": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/)kernel$",
     "attention": r"^layers/.*/attention/.*kernel$",
     "mlp": r"^layers/.*/mlp/(gate|up|down)/kernel$",
@@ -35,26 +37,26 @@ def weights_by_path(params: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def select(params: Any, rules: str | Sequence[str]) -> list[str]:
-    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error."""
+def select(params: Any, rules: str | Sequence[str], key: str = "adapt.targets") -> list[str]:
+    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error about `key`."""
     matrices = [path for path in weights_by_path(params) if path.endswith("kernel")]
     chosen: set[str] = set()
     for rule in [rules] if isinstance(rules, str) else rules:
-        found = [path for path in matrices if _pattern(rule).search(path)]
+        found = [path for path in matrices if _pattern(rule, key).search(path)]
         if not found:
             if rule == "lm_head":
                 raise LlmtuneConfigError(
-                    "adapt.targets: lm_head: this model's head is tied to its embedding; leave it out"
+                    f"{key}: lm_head: this model's head is tied to its embedding; leave it out"
                 )
             known = [*NAMED_RULES, *matrices]
             nearest = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.3) or list(NAMED_RULES)[:3])
-            raise LlmtuneConfigError(f"adapt.targets: {rule!r} matches no weight; nearest: {nearest}")
+            raise LlmtuneConfigError(f"{key}: {rule!r} matches no weight; nearest: {nearest}")
         chosen.update(found)
     return [path for path in matrices if path in chosen]
 
 
-def _pattern(rule: str) -> re.Pattern[str]:
+def _pattern(rule: str, key: str) -> re.Pattern[str]:
     try:
         return re.compile(NAMED_RULES.get(rule, rule))
     except re.error as error:
-        raise LlmtuneConfigError(f"adapt.targets: {rule!r} is not a regular expression ({error})") from None
+        raise LlmtuneConfigError(f"{key}: {rule!r} is not a regular expression ({error})") from None

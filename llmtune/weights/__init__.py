@@ -1,21 +1,41 @@
 """Weights: arrays or operators, and the four doors through which models touch them. Stands on `sharding` only."""
 
+from collections.abc import Callable
+
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
+from llmtune.weights.int4 import Int4
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator, is_operator, map_fields
+from llmtune.weights.nf4 import NF4
+from llmtune.weights.operator import Operator, declaration, is_operator, map_fields
+from llmtune.weights.per_channel import Float8, Int8
+from llmtune.weights.quantized import Quantized
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
 
+FORMATS: dict[str, Callable[[ArraySpec], Quantized]] = {
+    "nf4": NF4.declare,
+    "int4": Int4.declare,
+    "int8": Int8.declare,
+    "fp8": Float8.declare,
+}  # quantised formats by the names that configurations use: the declaration of a matrix -> its fields, declared
+
 __all__ = [
+    "FORMATS",
     "ArraySpec",
+    "Float8",
+    "Int4",
+    "Int8",
+    "NF4",
     "Initializer",
     "LoRA",
     "Operator",
+    "Quantized",
     "Tied",
     "Weight",
     "add_bias",
     "constant",
+    "declaration",
     "dense",
     "embed_lookup",
     "expert_linear",

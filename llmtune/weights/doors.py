@@ -60,8 +60,12 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     sharded, the sum over its parts.
     """
     if isinstance(w, Operator):
-        raise TypeError(f"{type(w).__name__} is not yet a weight of experts")
-    w = gather(w.astype(x.dtype))
+        return w.expert_apply(x, group_sizes, out_axes)
+    return expert_contract(x, gather(w.astype(x.dtype)), group_sizes, out_axes)
+
+
+def expert_contract(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+    """`expert_linear` with a gathered array, each device multiplying what it sorted for itself."""
     rows, matrices, sizes = (jax.typeof(array).sharding.spec for array in (x, w, group_sizes))
     summed = matrices[1]
 

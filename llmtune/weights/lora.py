@@ -8,7 +8,7 @@ zeros to the largest: the product is unchanged, and the padding's gradients are 
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.weights.doors import Weight, linear
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator
+from llmtune.weights.operator import Operator, declaration
 
 
 @final
@@ -46,6 +46,11 @@ class LoRA(Operator):
         """Base + scale * a @ b, in float32."""
         product = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
         return dense(self.base) + self.scale[..., None, None] * product
+
+    @property
+    def declaration(self) -> Any:
+        """That of the base."""
+        return declaration(self.base)
 
     @property
     def shape(self) -> tuple[int, ...]:

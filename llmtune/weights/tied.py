@@ -1,7 +1,7 @@
 """A tied head: the embedding table, multiplied by in its transpose."""
 
-from dataclasses import dataclass
-from typing import ClassVar, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
 
 import jax
 
@@ -27,6 +27,12 @@ class Tied(Operator):
     def dense(self) -> jax.Array:
         """table.T, in float32."""
         return dense(self.table).swapaxes(-1, -2)
+
+    @property
+    def declaration(self) -> Any:
+        """The table's, transposed."""
+        table: Any = self.table
+        return replace(table, shape=table.shape[::-1], axes=table.axes[::-1])
 
     @property
     def shape(self) -> tuple[int, ...]:

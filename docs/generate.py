@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llmtune.adapt_config import METHODS
 from llmtune.config import key_reference
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -17,18 +18,31 @@ line: `--optimizer.learning_rate 1e-4` (values are read as YAML). This page is g
   may change, so that a run can go on on other devices.
 - Paths are relative to where the command runs. `llmtune:starter` names what ships inside the package.
 
-| key | type | default | meaning |
+"""
+TABLE = """| key | type | default | meaning |
 |---|---|---|---|
+"""
+METHODS_HEAD = """
+## Methods of `adapt`
+
+`adapt` is a section, or a list of sections that are applied in order. Each names its `method`; the table above has the keys of
+the default one, `lora`. [docs/transforms.md](transforms.md) says what the methods are.
 """
 
 
 def configuration_page() -> str:
     """The whole page."""
-    rows = [
+    own = [row for row in key_reference() if "[" not in row[0].split(".")[0]]
+    methods = [f"\n### {name}\n\n{kind.__doc__}\n\n{_table(key_reference(kind))}" for name, kind in METHODS.items()]
+    return HEAD + _table(own) + METHODS_HEAD + "".join(methods)
+
+
+def _table(rows: list[tuple[str, str, str, str]]) -> str:
+    lines = [
         f"| `{path}` | {kind.replace('|', 'or')} | {'required' if default == 'required' else f'`{default}`'} | {text} |"
-        for path, kind, default, text in key_reference()
+        for path, kind, default, text in rows
     ]
-    return HEAD + "\n".join(rows) + "\n"
+    return TABLE + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,19 +5,12 @@ types and impossible combinations are refused with the key's path, before anythi
 """
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+from llmtune.adapt_config import METHODS, Adapt, check_adapt, sections
+from llmtune.config_key import key
 from llmtune.errors import LlmtuneConfigError
-
-
-def key(help: str, default: Any = MISSING, **options: Any) -> Any:
-    """A dataclass field with its help text."""
-    metadata = {"help": help, **options}
-    if isinstance(default, (dict, list)) or is_dataclass(default):
-        return field(default_factory=lambda: default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text", "tokens"]
 COLUMNS = (
@@ -70,33 +63,14 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Adapt:
-    """A parameter transform; without this section all weights train."""
-
-    method: Literal["lora"] = key("which transform", "lora")
-    rank: int = key("of the low-rank factors", 16)
-    alpha: float = key("scale of the adapter: alpha / rank", 32)
-    targets: str | list[str] = key(
-        "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths", "all-linear"
-    )
-    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    modules_to_save: list[str] = key(
-        "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)",
-        [],
-    )
-    from_: str | None = key(
-        "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold", None, alias="from"
-    )
-
-
-@dataclass(frozen=True)
 class Quantize:
     """The frozen base kept in few bits; absent: as it is stored. Takes an adapter, which is what trains."""
 
     base: Literal["nf4", "int4", "int8", "fp8"] = key("how each number is kept; see docs/quantization.md", "nf4")
     double: bool = key("nf4: the blocks' magnitudes in 8 bits too (4.13 bits per number instead of 4.5)", True)
     targets: str | list[str] = key(
-        "layers (all matrices of the layers, experts too), or as adapt.targets; the embedding is never quantised", "layers"
+        "layers (all matrices of the layers, experts too), or as adapt.targets; the embedding is never quantised",
+        "layers",
     )
 
 
@@ -166,7 +140,9 @@ class Run:
     output: str = key("the run's directory; the same configuration on it resumes")
     data: Data = key("data")
     objective: Literal["pretrain", "sft"] = key("pretrain: every token is a target; sft: completions are", "sft")
-    adapt: Adapt | None = key("a parameter transform; absent: full fine-tuning", None)
+    adapt: Adapt | None = key(
+        "a parameter transform, or a list of them; absent: full fine-tuning", None, methods=METHODS
+    )
     quantize: Quantize | None = key("the base in few bits; absent: as stored", None)
     optimizer: Optimizer = key("optimizer", Optimizer())
     train: Train = key("training", Train())
@@ -182,7 +158,7 @@ def check(run: Run) -> None:
         if not condition:
             raise LlmtuneConfigError(f"{path}: {said}")
 
-    data, adapt, optimizer, train = run.data, run.adapt, run.optimizer, run.train
+    data, optimizer, train = run.data, run.optimizer, run.train
     for path, given in (("data.train", data.train), ("data.validation", data.validation)):
         sources = sources_of(given)
         require((bool(sources) and all(own.path for own in sources)) or given is None, path, "no file is given")
@@ -229,22 +205,18 @@ def check(run: Run) -> None:
         "must be positive, or null for none",
     )
     if run.quantize is not None:
-        require(adapt is not None, "quantize", "a quantised base does not train; give an adapter (adapt), or leave it out")
+        require(
+            run.adapt is not None,
+            "quantize",
+            "a quantised base does not train; give an adapter (adapt), or leave it out",
+        )
         require(bool(run.quantize.targets), "quantize.targets", "no target is given")
-    if adapt is not None:
-        require(adapt.rank > 0, "adapt.rank", f"{adapt.rank} must be positive")
-        require(0 < adapt.alpha < math.inf, "adapt.alpha", f"{adapt.alpha} must be a positive number")
-        require(bool(adapt.targets), "adapt.targets", "no target is given")
-        require(
-            adapt.from_ is None or not adapt.modules_to_save,
-            "adapt.modules_to_save",
-            "the adapter that adapt.from names says this; leave it out",
-        )
-        require(
-            adapt.from_ is None or not added,
-            added[0][0] if added else "data",
-            "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
-        )
+    check_adapt(run.adapt, require)
+    require(
+        not added or all(section.from_ is None for section in sections(run.adapt)),
+        added[0][0] if added else "data",
+        "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
+    )
     for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
                         ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
                         ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
@@ -268,12 +240,19 @@ def _require_columns(path: str, columns: dict[str, str]) -> None:
 
 
 def key_reference(kind: type = Run, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(key path, type, default, help) of every key, sections followed by their keys."""
+    """(key path, type, default, help) of every key, sections followed by their keys.
+
+    Of a section that is one of several methods, the keys of the default one; those of the others under `adapt[dora].`.
+    """
     hints, rows = get_type_hints(kind), []
     for entry in fields(kind):
         path = f"{prefix}{entry.metadata.get('alias', entry.name)}"
         section = next((part for part in _parts(hints[entry.name]) if is_dataclass(part)), None)
-        if section is not None:
+        methods = entry.metadata.get("methods")
+        if methods is not None:
+            for number, (method, own) in enumerate(methods.items()):
+                rows += key_reference(own, f"{path}[{method}]." if number else f"{path}.")
+        elif section is not None:
             rows += key_reference(section, f"{path}.")  # type: ignore[arg-type]
         else:
             rows.append((path, _type_text(hints[entry.name]), _default_text(entry), entry.metadata["help"]))

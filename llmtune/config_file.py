@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from llmtune.adapt_config import METHODS
 from llmtune.config import Run, check, key_reference
 from llmtune.errors import LlmtuneConfigError
 
@@ -144,16 +146,42 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 def build_run(tree: Mapping[str, Any], where: str) -> Run:
     """Validate a nested mapping. Raises LlmtuneConfigError for the first thing that is wrong."""
     try:
-        run = _adapter().validate_json(json.dumps(tree))
-    except ValidationError as error:
-        # a typo also makes a key missing; of the branches of a union, the one that was got furthest into was meant
-        found = min(error.errors(), key=lambda one: (one["type"] not in UNKNOWN_KEY, -len(one["loc"])))
-        raise LlmtuneConfigError(f"{where}: {_explain(found)}") from None
-    try:
+        run: Run = _validate(Run, {name: own for name, own in tree.items() if name != "adapt"})
+        run = dataclasses.replace(run, adapt=_read_methods(tree.get("adapt"), "adapt", METHODS))
         check(run)
     except LlmtuneConfigError as error:
         raise LlmtuneConfigError(f"{where}: {error}") from None
     return run
+
+
+def _validate(kind: type, tree: Mapping[str, Any], at: str = "") -> Any:
+    """The dataclass of one section, or of the whole run (`at` "")."""
+    try:
+        return _adapter(kind).validate_json(json.dumps(tree))
+    except ValidationError as error:
+        # a typo also makes a key missing; of the branches of a union, the one that was got furthest into was meant
+        found = min(error.errors(), key=lambda one: (one["type"] not in UNKNOWN_KEY, -len(one["loc"])))
+        raise LlmtuneConfigError(_explain(found, kind, f"{at}." if at else "")) from None
+
+
+def _read_methods(given: Any, at: str, methods: Mapping[str, type]) -> Any:
+    """A section `{method: NAME, ...}`, or a list of them, each as the dataclass of its method; the first is the default."""
+    if given is None:
+        return None
+    if isinstance(given, list):
+        return [_read_method(own, f"{at}.{number}", methods) for number, own in enumerate(given)]
+    return _read_method(given, at, methods)
+
+
+def _read_method(given: Any, at: str, methods: Mapping[str, type]) -> Any:
+    if not isinstance(given, dict):
+        raise LlmtuneConfigError(f"{at}: {_shown(given)} is not a section of keys")
+    name = given.get("method", next(iter(methods)))
+    if name not in methods:
+        near = difflib.get_close_matches(str(name).lower(), methods, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(methods)}"
+        raise LlmtuneConfigError(f"{at}.method: {_shown(name)} is no method; {hint}")
+    return _validate(methods[name], given, at)
 
 
 def dump_run(run: Run) -> str:
@@ -170,16 +198,12 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-_ADAPTERS: dict[type, TypeAdapter] = {}
-
-
-def _adapter() -> TypeAdapter:
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter:
     """Pydantic over the plain dataclasses: unknown keys forbidden, no coercion (its strict mode reads objects from JSON only)."""
-    if Run not in _ADAPTERS:
-        for kind in _sections(Run):
-            kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, populate_by_name=False)  # type: ignore[attr-defined]
-        _ADAPTERS[Run] = TypeAdapter(Run)
-    return _ADAPTERS[Run]
+    for section in _sections(kind):
+        section.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, populate_by_name=False)  # type: ignore[attr-defined]
+    return TypeAdapter(kind)
 
 
 def _sections(kind: type) -> list[type]:
@@ -215,28 +239,32 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: Any) -> str:
-    """One line from pydantic's first finding."""
-    kind, given = error["type"], error.get("input")
-    if kind == "json_invalid":  # all that YAML can say and JSON cannot
+def _explain(error: Any, kind: type, at: str) -> str:
+    """One line from pydantic's first finding in a section of this kind, whose keys begin with `at`."""
+    found, given = error["type"], error.get("input")
+    if found == "json_invalid":  # all that YAML can say and JSON cannot
         return "a text holds a lone surrogate, which is no character"
-    if kind in UNKNOWN_KEY:
+    if found in UNKNOWN_KEY:
         named = [str(part) for part in error["loc"] if part == "str" or not _is_branch(part)]
         path = ".".join("[]" if part.isdecimal() else part for part in named)
-        known = [row[0] for row in key_reference()]
+        known = [row[0] for row in key_reference(kind)]
         if path in known:
             return f"{path}: written as one key; write {path.replace('.', ': {', 1)}: ...}}"
         known += sorted({prefix for row in known for prefix in _prefixes(row)})
         near = difflib.get_close_matches(path.lower(), known, n=1, cutoff=0.6)
-        return f"{path}: unknown key" + (
-            f"; did you mean {near[0]}?" if near else "; llmtune train --help lists all keys"
+        return f"{at}{path}: unknown key" + (
+            f"; did you mean {at}{near[0]}?" if near else "; llmtune train --help lists all keys"
         )
-    path = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
-    if kind in ("missing", "missing_argument"):
+    path = at + ".".join(str(part) for part in error["loc"] if not _is_branch(part))
+    if found in ("missing", "missing_argument"):
         return f"{path}: this key is required"
     expected = error["msg"].removeprefix("Input should be ").replace("an object", "a section of keys")
-    shown = json.dumps(given, ensure_ascii=False)
-    return f"{path}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not {expected}"
+    return f"{path}: {_shown(given)} is not {expected}"
+
+
+def _shown(given: Any) -> str:
+    text = json.dumps(given, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _prefixes(path: str) -> list[str]:

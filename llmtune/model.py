@@ -27,7 +27,7 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, default_mesh, load_strategy, make_mesh, put
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
-from llmtune.transforms import Transform, chain
+from llmtune.transforms import Transform, build, chain
 from llmtune.weights import materialize, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -170,7 +170,9 @@ def build_params(
     additions = transform.init(declared)
     with jax.set_mesh(mesh):
         params = pretrained.load(source, declared, mesh, strategy, dtype=dtype, seed=seed, progress=progress)
-        return transform.apply(params, materialize(additions, jax.random.key(seed), mesh, strategy))
+        drawn = materialize(additions, jax.random.key(seed), mesh, strategy)
+        with strategy.active():
+            return build(transform, params, drawn)
 
 
 def document_positions(segment_ids: np.ndarray) -> np.ndarray:

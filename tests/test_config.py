@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config import Adapt, Run, key_reference
+from llmtune.adapt_config import Lora
+from llmtune.config import Run, key_reference
 from llmtune.config_file import dump_run, load_run
 from llmtune.data import RunData
 from llmtune.errors import LlmtuneConfigError
@@ -67,7 +68,7 @@ def test_the_defaults_are_those_of_the_documented_example(load):
     filled = dataclasses.replace(
         minimal,
         data=dataclasses.replace(minimal.data, validation="validation.jsonl"),
-        adapt=Adapt(),
+        adapt=Lora(),
         train=dataclasses.replace(minimal.train, steps=200),
         sharding=example.sharding,
     )
@@ -97,6 +98,7 @@ def test_every_key_has_a_type_a_default_and_help():
         ("learning_rate: 1", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
         ("Adapt: {}", "Adapt: unknown key; did you mean adapt?"),
         ("adapt: {from_: x}", "adapt.from_: unknown key; did you mean adapt.from?"),
+        ("adapt: [{rnak: 2}]", "adapt.0.rnak: unknown key; did you mean adapt.0.rank?"),
         ("str: 3", "str: unknown key; llmtune train --help lists all keys"),
         ("train.steps: 3", "train.steps: written as one key; write train: {steps: ...}"),
     ],
@@ -121,7 +123,10 @@ def test_a_typo_is_named_before_the_key_that_it_left_missing(refusal):
         ("train: {batch_size: null}", "train.batch_size: null is not a valid integer"),
         ("train: 3", "train: 3 is not a section of keys"),
         ("train:", "train: null is not a section of keys"),
-        ("adapt: [rank, 8]", 'adapt: ["rank", 8] is not a section of keys'),
+        ("adapt: [rank, 8]", 'adapt.0: "rank" is not a section of keys'),
+        ("adapt: rank", 'adapt: "rank" is not a section of keys'),
+        ("adapt: {method: lorra}", 'adapt.method: "lorra" is no method; did you mean lora?'),
+        ("adapt: [{rank: 8}, {rank: many}]", 'adapt.1.rank: "many" is not a valid integer'),
         ("adapt: {targets: [q_proj, 3]}", "adapt.targets.1: 3 is not a valid string"),
         ("optimizer: {learning_rate: fast}", 'optimizer.learning_rate: "fast" is not a valid number'),
         ("optimizer: {learning_rate: no}", 'optimizer.learning_rate: "no" is not a valid number'),
@@ -157,6 +162,8 @@ def test_a_long_value_is_shown_in_part(refusal):
         ("optimizer: {weight_decay: -0.1}", "optimizer.weight_decay"),
         ("adapt: {rank: 0}", "adapt.rank"),
         ("adapt: {targets: []}", "adapt.targets"),
+        ("adapt: []", "adapt"),
+        ("adapt: [{rank: 2}, {rank: 0}]", "adapt.1.rank"),
         ("checkpoint: {keep: 0}", "checkpoint.keep"),
         ("evaluate: {every: -5}", "evaluate.every"),
     ],
@@ -263,7 +270,7 @@ def test_overrides_are_put_over_the_file(load):
     assert (run.data.train, run.data.columns) == (["a.jsonl", "b.jsonl"], {"prompt": "question"})
     assert run.sharding.mesh == {"fsdp": -1, "tensor": 1}
     assert load(EXAMPLE, "--adapt", "null").adapt is None
-    assert load(MINIMAL, "--adapt.rank", "8").adapt == Adapt(rank=8)
+    assert load(MINIMAL, "--adapt.rank", "8").adapt == Lora(rank=8)
     assert load(MINIMAL, "--model=a=b").model == "a=b"
 
 
@@ -286,7 +293,8 @@ def test_a_wrong_override_is_one_line(refusal, overrides, said):
 
 
 def test_what_is_written_reads_back_equal(load):
-    for run in (load(MINIMAL), load(EXAMPLE), load(MINIMAL, "--adapt.from=dir", "--optimizer.clip_norm=null")):
+    several = load(MINIMAL, "--adapt=[{rank: 3}, {targets: mlp}]")
+    for run in (load(MINIMAL), load(EXAMPLE), several, load(MINIMAL, "--adapt.from=dir", "--optimizer.clip_norm=null")):
         assert load(dump_run(run)) == run
     assert "from: dir" in dump_run(run) and "clip_norm: null" in dump_run(run)
 

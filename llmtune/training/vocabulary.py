@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune import pretrained
+from llmtune.adapt_config import sections
 from llmtune.config import Run
 from llmtune.data import added_tokens
 from llmtune.errors import LlmtuneConfigError
@@ -33,8 +34,9 @@ def settle_vocabulary(run: Run, source: pretrained.Source) -> tuple[pretrained.S
 
     Rows of the model's table beyond the tokenizer's tokens are taken by added tokens first.
     """
-    if run.adapt is not None and run.adapt.from_ is not None:
-        source = pretrained.fit_to_adapter(source, run.adapt.from_)
+    for section in sections(run.adapt):
+        if section.from_ is not None:
+            source = pretrained.fit_to_adapter(source, section.from_)
     added, own = added_tokens(run), None if run.data.tokenizer is None else resolve(run.data.tokenizer)
     if not added:
         return source, Vocabulary(added, source.config.vocab_size, own)

@@ -6,26 +6,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llmtune import pretrained
-from llmtune.config import Adapt, Run, Sharding
+from llmtune.adapt_config import sections
+from llmtune.config import Run, Sharding
 from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
-from llmtune.transforms import (
-    Params,
-    Transform,
-    adapters_and,
-    chain,
-    everything,
-    identity,
-    lora,
-    partition,
-    quantize,
-    select_whole,
-    train_whole,
-)
+from llmtune.training.adapting import choose_transform
+from llmtune.transforms import Params, partition, quantize
 
 
 @dataclass(frozen=True)
@@ -49,23 +39,6 @@ def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | N
     return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy), devices), strategy
 
 
-def choose_transform(
-    adapt: Adapt | None, source: pretrained.Source, declared: Params, *, grown: bool
-) -> tuple[Transform, tuple[str, ...]]:
-    """What `adapt` asks for, and the paths that train in whole beside it; nothing is full fine-tuning.
-
-    `grown`: tokens were added, so that their rows must train.
-    """
-    if adapt is None:
-        return identity, ()
-    if adapt.from_ is not None:
-        adapter = pretrained.load_adapter(adapt.from_, source.config)
-        return adapter.transform, adapter.whole
-    whole = select_whole(declared, [*adapt.modules_to_save, *(("embed_tokens", "lm_head") if grown else ())])
-    factors = lora(rank=adapt.rank, alpha=adapt.alpha, targets=adapt.targets, rslora=adapt.rslora)
-    return chain(factors, train_whole(whole)), whole
-
-
 def declare_base(run: Run, config: ModelConfig) -> tuple[Any, Params]:
     """The decoder's (graphdef, declared parameters), quantised where the run says so: what is loaded, and laid out."""
     graphdef, declared = declare(config)
@@ -80,9 +53,9 @@ def prepare_weights(
 ) -> Weights:
     """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
     graphdef, declared = declare_base(run, source.config)
-    transform, whole = choose_transform(run.adapt, source, declared, grown=bool(added_tokens(run)))
+    adapt = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
     dtype = "float32" if run.adapt is None else None
     params = build_params(
-        source, declared, transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
+        source, declared, adapt.transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
     )
-    return Weights(graphdef, *partition(params, everything if run.adapt is None else adapters_and(whole)), whole)
+    return Weights(graphdef, *partition(params, adapt.transform.trains), adapt.whole)

@@ -16,7 +16,7 @@ import numpy as np
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.select import select, weights_by_path
 from llmtune.transforms.transform import Params, Transform
-from llmtune.weights import ArraySpec, LoRA, constant, declaration, is_operator, path_name, uniform
+from llmtune.weights import ArraySpec, LoRA, constant, is_operator, path_name, uniform
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ def lora_from(factors: Mapping[str, Factors], *, rslora: bool) -> Transform:
 
 
 def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
-    spec = declaration(base)
-    if "expert" in spec.axes:
+    if "expert" in base.axes:
         raise LlmtuneConfigError(f"adapt.targets: {path} holds experts, which LoRA does not adapt yet; leave them out")
-    (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = spec.shape, spec.axes
+    (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = base.shape, base.axes
     if rank < 1 or rank > min(n_in, n_out):
         raise LlmtuneConfigError(
             f"adapt.rank: {rank} does not fit {path}, a matrix of {n_in} x {n_out}; choose 1 to {min(n_in, n_out)}"

@@ -5,7 +5,7 @@
 `jax.grad` is taken over the first alone: a frozen weight has no gradient, no optimizer state and costs no FLOP backward.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +19,6 @@ def adapters(path: str, weight: Any) -> bool:
     """Only operators train (their trainable fields): adapters on a frozen base."""
     del path
     return is_operator(weight)
-
-
-def adapters_and(whole: Collection[str]) -> Trains:
-    """Operators, and the weights at these paths in whole."""
-    return lambda path, weight: path in whole or is_operator(weight)
 
 
 def everything(path: str, weight: Any) -> bool:

@@ -45,9 +45,7 @@ def select(params: Any, rules: str | Sequence[str], key: str = "adapt.targets") 
         found = [path for path in matrices if _pattern(rule, key).search(path)]
         if not found:
             if rule == "lm_head":
-                raise LlmtuneConfigError(
-                    f"{key}: lm_head: this model's head is tied to its embedding; leave it out"
-                )
+                raise LlmtuneConfigError(f"{key}: lm_head: this model's head is tied to its embedding; leave it out")
             known = [*NAMED_RULES, *matrices]
             nearest = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.3) or list(NAMED_RULES)[:3])
             raise LlmtuneConfigError(f"{key}: {rule!r} matches no weight; nearest: {nearest}")

@@ -3,7 +3,7 @@
     {"embed": {"table": bfloat16}}  --train_whole-->  {"embed": {"table": float32}}      a master copy that trains
     {"embed": {"table": W}}         --given_whole-->  {"embed": {"table": W'}}           values read from a file
 
-They stay plain arrays: `partition(params, adapters_and(paths))` is what makes them train.
+They stay plain arrays, and train: both transforms say so of these paths.
 """
 
 import difflib
@@ -18,7 +18,7 @@ import numpy as np
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.select import NAMED_RULES, weights_by_path
 from llmtune.transforms.transform import Params, Transform
-from llmtune.weights import ArraySpec, is_operator, path_name
+from llmtune.weights import ArraySpec, Quantized, is_operator, path_name
 
 EMBEDDING, HEAD = "embed/table", "head/kernel"
 MODULES = {  # names that peft users know, as peft matches them: by the end of a module's name
@@ -65,7 +65,7 @@ def train_whole(paths: Sequence[str]) -> Transform:
         del additions
         return _at(params, dict.fromkeys(paths, _as_master))
 
-    return Transform(init, apply)
+    return Transform(init, apply, trains=lambda path, weight: path in paths)
 
 
 def given_whole(values: Mapping[str, np.ndarray]) -> Transform:
@@ -86,7 +86,7 @@ def given_whole(values: Mapping[str, np.ndarray]) -> Transform:
     def apply(params: Params, additions: Mapping[str, Any]) -> Params:
         return _at(params, {path: lambda _, __, new=new: new for path, new in additions.items()})
 
-    return Transform(init, apply)
+    return Transform(init, apply, trains=lambda path, weight: path in values)
 
 
 def _at(params: Params, changes: Mapping[str, Any]) -> Params:
@@ -98,6 +98,10 @@ def _at(params: Params, changes: Mapping[str, Any]) -> Params:
 
 
 def _as_master(path: str, weight: Any) -> Any:
+    if isinstance(weight, Quantized):
+        raise LlmtuneConfigError(
+            f"adapt.modules_to_save: {path} is quantised, and codes do not train; leave it out of quantize.targets"
+        )
     if is_operator(weight):
         raise LlmtuneConfigError(
             f"adapt.modules_to_save: {path} is among adapt.targets too; a weight trains in whole or by an adapter"
@@ -106,7 +110,5 @@ def _as_master(path: str, weight: Any) -> Any:
 
 
 def _declaration(weight: Any) -> ArraySpec | None:
-    """The declaration of a weight, or of what the innermost base of an operator was declared as."""
-    while is_operator(weight):
-        weight = weight.base
-    return weight
+    """The declaration of a weight, or of what an operator stands for."""
+    return ArraySpec(weight.shape, weight.axes) if is_operator(weight) else weight

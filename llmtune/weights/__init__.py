@@ -7,9 +7,9 @@ from llmtune.weights.int4 import Int4
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
 from llmtune.weights.nf4 import NF4
-from llmtune.weights.operator import Operator, declaration, is_operator, map_fields
+from llmtune.weights.operator import Operator, is_operator, map_fields
 from llmtune.weights.per_channel import Float8, Int8
-from llmtune.weights.quantized import Quantized
+from llmtune.weights.quantized import Quantized, is_adapter
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
 
@@ -22,12 +22,12 @@ FORMATS: dict[str, Callable[[ArraySpec], Quantized]] = {
 
 __all__ = [
     "FORMATS",
+    "NF4",
     "ArraySpec",
     "Float8",
+    "Initializer",
     "Int4",
     "Int8",
-    "NF4",
-    "Initializer",
     "LoRA",
     "Operator",
     "Quantized",
@@ -35,11 +35,11 @@ __all__ = [
     "Weight",
     "add_bias",
     "constant",
-    "declaration",
     "dense",
     "embed_lookup",
     "expert_linear",
     "head_loss",
+    "is_adapter",
     "is_operator",
     "linear",
     "map_fields",

@@ -38,16 +38,20 @@ def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
     return x + gather(b.astype(x.dtype))
 
 
-def unembed(x: jax.Array, w: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+def unembed(x: jax.Array, w: Weight, out_axes: tuple[str | None, ...]) -> jax.Array:
     """[batch, seq, embed] x the transpose of an embedding table [vocab, embed] -> [batch, seq, vocab]."""
+    if isinstance(w, Operator):
+        return w.apply_transposed(x, out_axes)
     return contract(x, gather(w.astype(x.dtype)), "oi", out_axes)
 
 
-def embed_lookup(ids: jax.Array, w: jax.Array) -> jax.Array:
+def embed_lookup(ids: jax.Array, w: Weight) -> jax.Array:
     """Rows of a table: int32 [batch, seq], [vocab, embed] -> [batch, seq, embed] in the table's dtype.
 
     Ids and table may both be sharded, which explicit axes refuse in a gather; XLA places this one.
     """
+    if isinstance(w, Operator):
+        return w.lookup(ids)
     lookup = placed_by_compiler(lambda ids, w: w.at[ids].get(mode="clip"), "batch", "seq", "act_embed")
     return lookup(ids, gather(w))
 

@@ -8,7 +8,7 @@ zeros to the largest: the product is unchanged, and the padding's gradients are 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.weights.doors import Weight, linear
 from llmtune.weights.materialized import dense
-from llmtune.weights.operator import Operator, declaration
+from llmtune.weights.operator import Operator
 
 
 @final
@@ -48,11 +48,11 @@ class LoRA(Operator):
         return dense(self.base) + self.scale[..., None, None] * product
 
     @property
-    def declaration(self) -> Any:
-        """That of the base."""
-        return declaration(self.base)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[..., in, out], that of the base."""
         return tuple(self.base.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes  # type: ignore[union-attr]

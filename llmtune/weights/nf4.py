@@ -104,7 +104,9 @@ class NF4(Quantized):
         absmax = jnp.abs(numbers).max(axis=1)
         scaled = jnp.clip(numbers * (1.0 / jnp.maximum(absmax, SMALLEST))[:, None, :], -1, 1)
         bounds = (LEVELS[:-1] + LEVELS[1:]) / 2
-        nearest = sum(((scaled > bound).astype(jnp.uint8) for bound in bounds), jnp.uint8(0))
+        nearest = jnp.zeros(scaled.shape, jnp.uint8)
+        for bound in bounds:
+            nearest += (scaled > bound).astype(jnp.uint8)
         codes = pack(nearest.reshape(blocks * BLOCK, n_out), BLOCK)
         if self.offset is None:
             return type(self)(codes, absmax, None, None, n_in)

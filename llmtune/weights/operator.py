@@ -21,33 +21,36 @@ class Operator(abc.ABC):
     def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """[batch, seq, in] -> [batch, seq, out], laid out as `out_axes` say."""
 
-    def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
-        """`expert_linear` with this weight [experts, in, out]."""
-        raise TypeError(f"{type(self).__name__} is not yet a weight of experts")
-
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """The plain array [..., in, out] that it stands for, formed in float32."""
 
-    @property
-    @abc.abstractmethod
-    def declaration(self) -> Any:
-        """Of an operator whose fields are declared (`ArraySpec`): the declaration of the matrix that it stands for."""
+    def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """`expert_linear` with this weight of experts [experts, in, out]."""
+        raise TypeError(f"{type(self).__name__} is not a weight of experts")
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        """`embed_lookup` with this table [vocab, embed]."""
+        raise TypeError(f"{type(self).__name__} is not a table of embeddings")
+
+    def apply_transposed(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """`unembed`: x [batch, seq, out] times the transpose of this weight [in, out]."""
+        raise TypeError(f"{type(self).__name__} has no product with its transpose")
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of `dense()`."""
 
+    @property
+    @abc.abstractmethod
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axes of `dense()`, where the fields are declared (`ArraySpec`), not held."""
+
 
 def is_operator(leaf: Any) -> bool:
     """For `is_leaf` of tree functions that map weights rather than arrays."""
     return isinstance(leaf, Operator)
-
-
-def declaration(weight: Any) -> Any:
-    """The ArraySpec of a declared weight, or of the matrix that a declared operator stands for."""
-    return weight.declaration if is_operator(weight) else weight
 
 
 def map_fields(function: Callable[[Any, bool], Any], weight: Any) -> Any:

@@ -78,9 +78,14 @@ class Quantized(Operator):
         return jax.sharding.auto_axes(encode, out_sharding=specs)(matrix)  # type: ignore[return-value]
 
     @property
-    def declaration(self) -> ArraySpec:
-        """Shape and axes of the matrix, from those of the codes."""
-        return ArraySpec(self.shape, self.codes.axes)
+    def matrix(self) -> ArraySpec:
+        """Where the fields are declared: the declaration of the matrix."""
+        return ArraySpec(self.shape, self.axes, init=self.codes.init)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the codes."""
+        return self.codes.axes
 
     @property
     def matrix_layout(self) -> Any:
@@ -89,6 +94,11 @@ class Quantized(Operator):
 
     def _gathered(self) -> Self:
         return jax.tree.map(gather, self)
+
+
+def is_adapter(weight: Any) -> bool:
+    """Whether something on top of a base trains: an operator that is not merely a way of keeping a matrix."""
+    return isinstance(weight, Operator) and not isinstance(weight, Quantized)
 
 
 def _decoded(stored: Quantized, dtype: Any) -> jax.Array:

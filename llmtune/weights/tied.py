@@ -1,7 +1,7 @@
 """A tied head: the embedding table, multiplied by in its transpose."""
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import jax
 
@@ -29,12 +29,11 @@ class Tied(Operator):
         return dense(self.table).swapaxes(-1, -2)
 
     @property
-    def declaration(self) -> Any:
-        """The table's, transposed."""
-        table: Any = self.table
-        return replace(table, shape=table.shape[::-1], axes=table.axes[::-1])
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[embed, vocab]."""
         return (self.table.shape[-1], self.table.shape[-2])
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """("embed", "vocab")."""
+        return self.table.axes[::-1]  # type: ignore[attr-defined]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from checkpoints_convert.peft import HARMLESS, READ, Factors, write_adapter
-from checkpoints_convert.peft import REFUSED as REFUSED_FIELDS
+from checkpoints_convert.peft import directory, lora, write_adapter
+from checkpoints_convert.peft.lora import Factors, LoraValues
 from llmtune.errors import LlmtuneError
 from llmtune.models.config import ModelConfig
 from tests.parity.reference import save_model
@@ -104,7 +104,8 @@ def test_every_usual_alpha_is_written_as_it_was_meant(rslora, tmp_path):
             scale = np.float32(alpha / (rank**0.5 if rslora else rank))
             zeros = np.zeros((1, 128, rank), np.float32)
             factors = {"layers/0/attention/q/kernel": Factors(zeros, zeros.swapaxes(1, 2), np.array([scale]), None)}
-            write_adapter(tmp_path / f"{alpha}-{rank}", factors, config, base="", rslora=rslora)
+            values = LoraValues(factors, rslora)
+            write_adapter(tmp_path / f"{alpha}-{rank}", "LORA", values, config, base="")
             written = json.loads((tmp_path / f"{alpha}-{rank}" / "adapter_config.json").read_text())
             assert (written["r"], written["lora_alpha"]) == (rank, alpha)
 
@@ -154,7 +155,8 @@ def test_initialisers_that_keep_the_base_do_not_matter(base, tmp_path, init):
 def test_every_field_of_peft_is_accounted_for():
     """A field that a later peft adds is refused where it is set; this list says that somebody looked at it."""
     looked_at = {"kasa_config", "use_bdlora", "monteclora_config"}  # each changes the function: refused as unknown
-    assert not set(LoraConfig().to_dict()) - READ - HARMLESS - set(REFUSED_FIELDS) - looked_at
+    known = directory.READ | directory.HARMLESS | lora.READ | lora.HARMLESS | set(lora.REFUSED)
+    assert not set(LoraConfig().to_dict()) - known - looked_at
 
 
 WRONG_FIELDS = {

@@ -97,7 +97,7 @@ def test_no_two_rooms_stand_on_each_other():
 
 
 def test_one_port_to_other_peoples_formats():
-    inside = {module for module, used in OURS if room(used) == "checkpoints_convert" != room(module)}
+    inside = {room(module) for module, used in OURS if room(used) == "checkpoints_convert" != room(module)}
     assert inside == {PORT}
 
 

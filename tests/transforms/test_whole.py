@@ -11,7 +11,6 @@ from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.transforms import (
-    adapters_and,
     chain,
     combine,
     given_whole,
@@ -66,7 +65,7 @@ def test_masters_are_float32_and_only_they_and_the_factors_train():
     factors, nothing = transform.init(declared())
     drawn = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), factors)
     adapted = transform.apply(base, (drawn, nothing))
-    trainable, frozen = partition(adapted, adapters_and(["embed/table", "norm/weight"]))
+    trainable, frozen = partition(adapted, transform.trains)
     weights = weights_by_path(trainable)
     trains = {path: weight.dtype for path, weight in weights.items() if not isinstance(weight, LoRA)}
     assert trains == {"embed/table": np.float32, "norm/weight": np.float32}

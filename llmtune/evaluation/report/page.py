@@ -78,13 +78,19 @@ def _figures(one: Record, other: Record) -> list[tuple[str, tuple[str, str], tup
 
 def _subtitle(record: Record) -> list[str]:
     config, facts = record.config, record.facts.get("model", {})
-    adapt = config.get("adapt")
-    method = "full fine-tuning" if not adapt else f"{adapt.get('method', 'lora')}, rank {adapt.get('rank')}"
+    adapt = config.get("adapt") or []
+    method = " + ".join(map(_method, adapt if isinstance(adapt, list) else [adapt])) or "full fine-tuning"
     sizes = [units.parameters(facts[name]) for name in ("trainable_parameters", "parameters") if name in facts]
     trained = f"{sizes[0]} of {sizes[-1]} parameters train" if sizes else ""
     last = record.sessions[-1] if record.sessions else {}
     ended = (last.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")
     return list(filter(None, [str(config["model"]), config.get("objective"), method, trained, ended]))
+
+
+def _method(section: dict[str, Any]) -> str:
+    """`lora, rank 8`, of one section of `adapt`."""
+    name, rank = section.get("method", "lora"), section.get("rank")
+    return name if rank is None else f"{name}, rank {rank}"
 
 
 def _samples(record: Record) -> list[tuple[str, str | None, str | None]]:

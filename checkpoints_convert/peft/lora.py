@@ -1,41 +1,37 @@
-"""PEFT adapter directories in and out: adapter_config.json + adapter_model.safetensors.
+"""LoRA in PEFT directories.
 
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight  [rank, in]     ->  a[3] = its transpose, [in, rank]
     base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight  [out, rank]    ->  b[3] = its transpose, [rank, out]
 
 The tensors present are the truth about which modules are adapted; rank_pattern and alpha_pattern say with which scale. Layers
-without an adapter, or of a smaller rank, are padded with zeros. What `modules_to_save` brings is read by `peft_whole`.
+without an adapter, or of a smaller rank, are padded with zeros.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_convert import peft_whole
 from checkpoints_convert.hf_names import MODULES, SEGMENT, Tensor, tensors
-from checkpoints_convert.safetensors_header import read_header
-from checkpoints_convert.safetensors_reader import WeightDirectory, read_json
-from checkpoints_convert.safetensors_writer import Entry as FileEntry
-from checkpoints_convert.safetensors_writer import new_directory, write_file, write_json
+from checkpoints_convert.peft.directory import CONFIG, PeftDirectory, is_number, is_rank, of_pattern
+from checkpoints_convert.peft.whole import whole_name
+from checkpoints_convert.safetensors_reader import WeightDirectory
+from checkpoints_convert.safetensors_writer import Entry
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
 HEAD = "lm_head"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(
     r"base_model\.model\.(?P<module>model\.(language_model\.)?layers\.\d+\.[a-z_]+\.[a-z_]+|lm_head)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
 )
-READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-        "modules_to_save", "ensure_weight_tying"}  # fmt: skip
-HARMLESS = {  # they say nothing about the function that the adapter computes, or the tensors present say it themselves
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config",
-    "loftq_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
+READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+HARMLESS = {
+    "lora_dropout", "megatron_core", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "velora_config",
+    "qalora_group_size",
 }  # fmt: skip
 KEEP_BASE = (
     "gaussian",
@@ -65,86 +61,42 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """What a PEFT directory holds, by our paths. `whole`: float32 weights in place of the base's, laid out as ours."""
+class LoraValues:
+    """What a LoRA directory holds, by our paths."""
 
-    base: str | None
-    rslora: bool
     factors: Mapping[str, Factors]
-    whole: Mapping[str, np.ndarray]
+    rslora: bool
 
 
-def read_vocabulary_size(directory: Path, config: ModelConfig) -> int | None:
-    """The vocabulary to which such a base must be resized before it takes this adapter; None where it does not say."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        return None  # `read_adapter` says what is missing
-    return peft_whole.vocabulary_size(WeightDirectory(directory, read_header(path)), config)
-
-
-def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
-    """A LoRA adapter for a model of this shape. Raises LlmtuneFormatError where it is of another kind or base."""
-    if not (directory / CONFIG).is_file():
-        raise LlmtuneFormatError(f"{directory}: no {CONFIG} there; a PEFT adapter directory is needed")
-    settings = read_json(directory / CONFIG)
-    _check_settings(settings, directory / CONFIG)
-    if not (directory / WEIGHTS).is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle: convert it to safetensors)"
-            if (directory / "adapter_model.bin").exists()
-            else ""
-        )
-        raise LlmtuneFormatError(f"{directory}: no {WEIGHTS} there{pickled}")
-    weights = WeightDirectory(directory, read_header(directory / WEIGHTS))
-    pairs, whole = _pairs(weights, config), peft_whole.read_whole(weights, config, settings)
-    if not pairs and not whole:
-        raise LlmtuneFormatError(f"{weights.path}: the adapter holds no tensors")
-    rslora = bool(settings.get("use_rslora"))
+def read(directory: PeftDirectory, config: ModelConfig) -> LoraValues | None:
+    """The factors, every shape checked against a base of this configuration."""
+    _check_settings(directory)
+    pairs = _pairs(directory.weights, config)
+    rslora = bool(directory.settings.get("use_rslora"))
     factors = {}
     for path in dict.fromkeys(tensor.path for tensor in tensors(config)):
         layers = [tensor for tensor in tensors(config) if tensor.path == path]
         if any(tensor.name in pairs for tensor in layers):
-            factors[path] = _stack(layers, pairs, settings, rslora, directory / CONFIG)
-    return Adapter(settings.get("base_model_name_or_path"), rslora, factors, whole)
+            factors[path] = _stack(layers, pairs, directory.settings, rslora, directory.path / CONFIG)
+    return LoraValues(factors, rslora) if factors else None
 
 
-def write_adapter(
-    directory: Path,
-    factors: Mapping[str, Factors],
-    config: ModelConfig,
-    *,
-    base: str,
-    rslora: bool,
-    whole: Sequence[str] = (),
-    fetch: peft_whole.Fetch | None = None,
-    complete: Callable[[Path], None] = lambda directory: None,
-) -> None:
-    """A directory that peft loads. The most common rank and alpha are the default, others go into the patterns.
-
-    `whole`: paths of weights that `fetch` gives, which replace the base's. `complete` is called before the directory appears.
-    """
+def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[str, Any]]:
+    """Tensors and settings. The most common rank and alpha are the default, others go into the patterns."""
     table = {(tensor.path, tensor.layer): tensor for tensor in tensors(config)}
     entries, ranks, alphas = [], {}, {}
-    for path, own in factors.items():
+    for path, own in values.factors.items():
         for layer, a, b, scale in _layers(own):
             rank = own.a.shape[-1] if own.ranks is None or layer is None else own.ranks[layer]
             if rank == 0:
                 continue
             module = table[path, layer].name.removesuffix(".weight")
-            ranks[module], alphas[module] = rank, _alpha(float(scale), rank, rslora)
+            ranks[module], alphas[module] = rank, _alpha(float(scale), rank, values.rslora)
             for side, matrix in (("A", a[:, :rank].T), ("B", b[:rank].T)):
                 array = np.ascontiguousarray(matrix, dtype=np.float32)
                 key = f"base_model.model.{module}.lora_{side}.weight"
-                entries.append(FileEntry(key, array.dtype, array.shape, lambda array=array: array))
-    if fetch is not None:
-        entries += peft_whole.whole_entries(whole, config, fetch, factored=factors)
-    settings = _settings(ranks, alphas, factors, base, rslora)
-    settings["modules_to_save"] = peft_whole.module_names([path for path in whole if path not in factors]) or None
-    settings["ensure_weight_tying"] = config.tie_word_embeddings and "embed/table" in whole
-    with new_directory(directory, sum(entry.nbytes for entry in entries)) as partial:
-        write_file(partial / WEIGHTS, sorted(entries, key=lambda entry: entry.name))
-        write_json(partial / CONFIG, settings)
-        complete(partial)
+                entries.append(Entry(key, array.dtype, array.shape, lambda array=array: array))
+    return entries, _settings(ranks, alphas, values.factors, values.rslora)
 
 
 def _layers(factors: Factors) -> list[tuple[int | None, np.ndarray, np.ndarray, np.ndarray]]:
@@ -155,7 +107,7 @@ def _layers(factors: Factors) -> list[tuple[int | None, np.ndarray, np.ndarray, 
 
 
 def _settings(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], factors: Mapping[str, Factors], base: str, rslora: bool
+    ranks: Mapping[str, int], alphas: Mapping[str, float], factors: Mapping[str, Factors], rslora: bool
 ) -> dict[str, Any]:
     rank, alpha = _most_common(ranks), _most_common(alphas)
     stacked = [MODULES[path.removeprefix(f"{SEGMENT}/")] for path in factors if path.startswith(SEGMENT)]
@@ -164,10 +116,6 @@ def _settings(
     every_layer = root == "model" and all(f"model.layers.{n}.{module}" in ranks for module in stacked for n in layers)
     targets = sorted({module.rsplit(".", 1)[-1] for module in [*stacked, *(m for m in ranks if m == HEAD)]})
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -177,55 +125,27 @@ def _settings(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "target_modules": targets if every_layer else sorted(ranks),
-        "modules_to_save": None,
         "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
         "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
         "layers_to_transform": layers if every_layer and 0 < len(layers) < _depth(factors) else None,
         "layers_pattern": None,
-        "revision": None,
     }
 
 
-def _check_settings(settings: Mapping[str, Any], where: Path) -> None:
-    def refuse(name: str, expected: str) -> LlmtuneFormatError:
-        shown = name if name.isprintable() else ascii(name)
-        return LlmtuneFormatError(f"{where}: {shown[:80]} is {repr(settings.get(name))[:80]}; {expected}")
-
-    if settings.get("peft_type") != "LORA":
-        raise refuse("peft_type", "only LORA adapters are read so far")
-    for name, value in settings.items():
-        unknown = name not in READ and name not in HARMLESS and name not in REFUSED
-        if (unknown and value not in (None, False, [], {}, "")) or value not in REFUSED.get(name, (value,)):
-            raise refuse(name, "that is not supported so far")
+def _check_settings(directory: PeftDirectory) -> None:
+    directory.check_fields(READ, HARMLESS, REFUSED)
+    settings = directory.settings
     init = settings.get("init_lora_weights", True)
     if not isinstance(init, bool) and str(init).lower() not in KEEP_BASE:
-        raise refuse(
+        raise directory.refuse(
             "init_lora_weights", "it changed the base's weights too; convert the adapter to plain LoRA in peft"
         )
-    if not _is_rank(settings.get("r", 8)):
-        raise refuse("r", "a positive integer is needed")
-    if not _is_number(settings.get("lora_alpha", 8)):
-        raise refuse("lora_alpha", "a number is needed")
-    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
-        patterns = settings.get(name) or {}
-        if not isinstance(patterns, dict) or not all(_compiles(p) and fits(own) for p, own in patterns.items()):
-            raise refuse(name, "an object of patterns and numbers is needed")
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+    if not is_rank(settings.get("r", 8)):
+        raise directory.refuse("r", "a positive integer is needed")
+    if not is_number(settings.get("lora_alpha", 8)):
+        raise directory.refuse("lora_alpha", "a number is needed")
+    directory.check_patterns("rank_pattern", is_rank)
+    directory.check_patterns("alpha_pattern", is_number)
 
 
 def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -233,7 +153,7 @@ def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.
     known = {tensor.name: tensor for tensor in tensors(config)}
     sides: dict[str, dict[str, str]] = {}
     for key, info in weights.tensors.items():
-        if peft_whole.whole_name(key) is not None:
+        if whole_name(key) is not None:
             continue
         match = KEY.fullmatch(key)
         if match is None:
@@ -283,19 +203,11 @@ def _stack(
 
 
 def _scale(module: str, rank: int, settings: Mapping[str, Any], rslora: bool, where: Path) -> float:
-    declared = _pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
+    declared = of_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
     if declared != rank:
         raise LlmtuneFormatError(f"{where}: {module} is declared with rank {declared}, its tensors have {rank}")
-    alpha = _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
+    alpha = of_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Peft's rule: the first pattern that matches the end of the module's name, at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:

@@ -1,22 +1,15 @@
-"""The one port to the outside: Hugging Face and PEFT directories in and out.
+"""Base models: Hugging Face directories and presets, in and out.
 
-Everything else in llmtune uses these functions; they alone call `checkpoints_convert`, which alone knows other people's tensor
-names and file formats.
-
-    source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
-    params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
-    save(path, params, source)                        a Hugging Face directory, merged
-    fit_to_adapter(source, path)                      the base with the vocabulary that a PEFT adapter was trained with
-    load_adapter(path, config)                        a transform that adds it, and what it brings in whole
-    save_adapter(path, params, source)                a PEFT directory
-    convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
+source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
+params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
+save(path, params, source)                        a Hugging Face directory, merged
 """
 
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +20,15 @@ import yaml
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from checkpoints_convert import convert as conversion
-from checkpoints_convert import hf_config, hf_weights, layouts, peft
+from checkpoints_convert import hf_config, hf_weights
 from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
-from llmtune.transforms import (
-    Factors,
-    Transform,
-    chain,
-    given_whole,
-    lora_from,
-    resize_vocabulary,
-    weights_by_path,
-    without_vocabulary_axis,
-)
-from llmtune.weights import LoRA, Quantized, dense, is_operator, materialize, shardings
+from llmtune.transforms import resize_vocabulary, weights_by_path, without_vocabulary_axis
+from llmtune.weights import Quantized, dense, is_operator, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
@@ -167,7 +150,7 @@ def _drawn(declared: Any, mesh: Mesh, strategy: Strategy, dtype: str | None, see
     def finish(path: tuple[Any, ...], weight: Any, array: Any) -> Any:
         if not isinstance(weight, Quantized):
             return array if dtype in (None, "float32") else array.astype(dtype)
-        alone = functools.reduce(lambda inner, step: {step.key: inner}, reversed(path), weight.declaration)
+        alone = functools.reduce(lambda inner, step: {step.key: inner}, reversed(path), weight.matrix)
         return jax.jit(weight.encode)(*jax.tree.leaves(materialize(alone, key, mesh, strategy)))
 
     return jax.tree_util.tree_map_with_path(finish, declared, given, is_leaf=is_operator)
@@ -215,7 +198,7 @@ def save(
 
     hf_weights.save_directory(
         path,
-        _fetch(weights_by_path(params)),
+        fetch_from(weights_by_path(params)),
         source.config,
         source.hf_config,
         source.directory,
@@ -227,7 +210,7 @@ def save(
     )
 
 
-def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
+def fetch_from(weights: Mapping[str, Any]) -> hf_weights.Fetch:
     """(path, layer) -> the dense matrix on the host."""
 
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
@@ -237,12 +220,12 @@ def _fetch(weights: Mapping[str, Any]) -> hf_weights.Fetch:
             return np.asarray(dense(own)) if is_operator(own) else own
         if place:
             weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
-        return _on_host(dense(weight) if is_operator(weight) else weight)
+        return on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: jax.Array) -> np.ndarray:
     """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(jax.device_get(array))
@@ -252,7 +235,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
 def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
     if not weight.is_fully_addressable:
-        return _on_host(weight[place])
+        return on_host(weight[place])
     out = np.empty(weight.shape[len(place) :], weight.dtype)
     for shard in weight.addressable_shards:
         ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
@@ -260,128 +243,3 @@ def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
             local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
             out[shard.index[len(place) :]] = np.asarray(shard.data[local])
     return out
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """What a PEFT directory does to a model; `whole`: the paths of the weights that it brings in whole."""
-
-    transform: Transform
-    whole: tuple[str, ...]
-
-
-def fit_to_adapter(source: Source, path: str | Path) -> Source:
-    """The base as the adapter found it: with the vocabulary that it was resized to, and the tokenizer that came with that."""
-    path = Path(path)
-    size = peft.read_vocabulary_size(path, source.config)
-    if size is None:
-        return source
-    if size != source.config.vocab_size:
-        source = source.resized(size, tokens=size)
-    return replace(source, companions=(*source.companions, path)) if hf_weights.has_tokenizer(path) else source
-
-
-def as_exported(source: Source, path: Path) -> Source:
-    """The base with the tokenizer, and the ends of a text, that the merged export of its adapter has."""
-    config = replace(source.config, eos_token_ids=open_source(str(path)).config.eos_token_ids)
-    return replace(source, config=config, companions=(*source.companions, path))
-
-
-def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
-    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
-    adapter = peft.read_adapter(Path(path), config)
-    given = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in adapter.factors.items()}
-    transform = chain(given_whole(adapter.whole), lora_from(given, rslora=adapter.rslora))
-    return LoadedAdapter(transform, tuple(adapter.whole))
-
-
-def save_adapter(
-    path: Path,
-    params: Any,
-    source: Source,
-    *,
-    whole: Sequence[str] = (),
-    tokenizer: Path | None = None,
-    complete: Callable[[Path], None] = lambda directory: None,
-) -> None:
-    """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
-
-    Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
-    """
-    weights = weights_by_path(params)
-    adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
-    if not adapters:
-        raise LlmtuneConfigError("save_adapter: this model has no adapter; save() writes the whole model")
-    nested = [name for name, weight in adapters.items() if isinstance(weight.base, LoRA)]
-    if nested:
-        raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
-    factors = {
-        name: peft.Factors(_on_host(w.a), _on_host(w.b), _on_host(w.scale), w.ranks) for name, w in adapters.items()
-    }
-    own = source.resize is not None or source.tokenizer_directory != source.directory
-    home = tokenizer or (source.tokenizer_directory if own else None)
-
-    def finish(directory: Path) -> None:
-        if home is not None:
-            hf_weights.copy_companions(home, directory, hf_weights.TOKENIZER)
-        complete(directory)
-
-    peft.write_adapter(
-        path,
-        factors,
-        source.config,
-        base=source.name if source.directory is None else str(source.directory.absolute()),
-        rslora=any(weight.rslora for weight in adapters.values()),
-        whole=whole,
-        fetch=_fetch({name: weight.base if name in adapters else weight for name, weight in weights.items()}),
-        complete=finish,
-    )
-
-
-LAYOUTS = layouts.LAYOUTS
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion made; `digest` is that of all tensors where they were compared."""
-
-    source_layout: str
-    tensors: int
-    nbytes: int
-    digest: str | None
-    notes: tuple[str, ...]
-
-
-def conversion_plan(
-    *, to: str, source_layout: str | None, max_shard_bytes: int, files: int, dtype: str | None,
-    rope_factor: float | None, like: str | None,
-) -> conversion.Plan:  # fmt: skip
-    """`like`: a Hugging Face directory, a config.json or a preset whose configuration the source must agree with."""
-    if like is None:
-        config = None
-    elif (path := resolve(like)).is_file():
-        config = read_json(path)
-    else:
-        config = open_source(like).hf_config
-    hints = layouts.Hints(rope_factor, config)
-    return conversion.Plan(to, source_layout, hints, max_shard_bytes, files, dtype)
-
-
-def convert(
-    source: Path,
-    target: Path,
-    plan: conversion.Plan,
-    *,
-    verify: Callable[[Source, Source], None] | None = None,
-    begin: Callable[[str, int], None] = lambda name, total: None,
-    progress: Progress = lambda done: None,
-) -> Converted:
-    """Write `target` as `plan` says, complete or not at all; see `checkpoints_convert.convert`."""
-    check = None if verify is None else lambda one, other: verify(_opened(one), _opened(other))
-    report = conversion.convert(source, target, plan, verify=check, begin=begin, progress=progress)
-    own = report.source
-    return Converted(own.layout, report.tensors, report.nbytes, report.digest, own.notes)
-
-
-def _opened(own: layouts.Opened) -> Source:
-    return Source(str(own.path), own.config, own.hf, own.path, opened=own.weights)

@@ -1,0 +1,102 @@
+"""PEFT adapter directories in and out: a module for each family of methods, a table of them by `peft_type`.
+
+    adapter = read_adapter(directory, config)       what the directory holds, by our paths
+    write_adapter(directory, adapter, config)       a directory that peft loads
+
+A family reads its tensors by name into values of its own kind and writes them back; `modules_to_save` is common to all.
+To add one: a module with `read` and `write`, and a row in METHODS.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoints_convert.peft import lora, whole
+from checkpoints_convert.peft.directory import CONFIG, WEIGHTS, PeftDirectory, open_peft
+from checkpoints_convert.safetensors_header import read_header
+from checkpoints_convert.safetensors_reader import WeightDirectory
+from checkpoints_convert.safetensors_writer import Entry, new_directory, write_file, write_json
+from llmtune.errors import LlmtuneFormatError
+from llmtune.models.config import ModelConfig
+
+
+class Method(NamedTuple):
+    """`read` gives None where the directory holds no tensor of this method; `write` gives tensors and their settings.
+
+    `adapted`: the paths, of the values, whose weights lie as `base_layer` under the adapter.
+    """
+
+    read: Callable[[PeftDirectory, ModelConfig], Any]
+    write: Callable[[Any, ModelConfig], tuple[list[Entry], dict[str, Any]]]
+    adapted: Callable[[Any], Container[str]]
+
+
+METHODS: dict[str, Method] = {"LORA": Method(lora.read, lora.write, lambda values: values.factors)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`method`: a `peft_type`; `values`: of that method's kind; `whole`: float32 weights in place of the base's, as ours."""
+
+    method: str
+    values: Any
+    whole: Mapping[str, Any]
+    base: str | None = None
+
+
+def read_vocabulary_size(directory: Path, config: ModelConfig) -> int | None:
+    """The vocabulary to which such a base must be resized before it takes this adapter; None where it does not say."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        return None  # `read_adapter` says what is missing
+    return whole.vocabulary_size(WeightDirectory(directory, read_header(path)), config)
+
+
+def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
+    """An adapter for a model of this shape. Raises LlmtuneFormatError where it is of an unknown method or another base."""
+    opened = open_peft(directory)
+    method = opened.settings.get("peft_type")
+    if method not in METHODS:
+        raise opened.refuse("peft_type", f"only {', '.join(METHODS)} adapters are read so far")
+    values = METHODS[method].read(opened, config)
+    brought = whole.read_whole(opened.weights, config, opened.settings)
+    if values is None and not brought:
+        raise LlmtuneFormatError(f"{opened.weights.path}: the adapter holds no tensors")
+    return Adapter(method, values, brought, opened.settings.get("base_model_name_or_path"))
+
+
+def write_adapter(
+    directory: Path,
+    method: str,
+    values: Any,
+    config: ModelConfig,
+    *,
+    base: str,
+    whole_paths: Sequence[str] = (),
+    fetch: whole.Fetch | None = None,
+    complete: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """A directory that peft loads. `values`: of the method's kind.
+
+    `whole_paths`: of weights that `fetch` gives, which replace the base's. `complete` is called before the directory appears.
+    """
+    entries, own = METHODS[method].write(values, config)
+    adapted = METHODS[method].adapted(values)
+    if fetch is not None:
+        entries += whole.whole_entries(whole_paths, config, fetch, factored=adapted)
+    settings = {
+        "peft_type": method,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "revision": None,
+        **own,
+        "modules_to_save": whole.module_names([path for path in whole_paths if path not in adapted]) or None,
+    }
+    if config.tie_word_embeddings and "embed/table" in whole_paths:
+        settings["ensure_weight_tying"] = True
+    with new_directory(directory, sum(entry.nbytes for entry in entries)) as partial:
+        write_file(partial / WEIGHTS, sorted(entries, key=lambda entry: entry.name))
+        write_json(partial / CONFIG, settings)
+        complete(partial)

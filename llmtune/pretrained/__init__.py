@@ -1,0 +1,22 @@
+"""The one port to the outside: Hugging Face and PEFT directories in and out.
+
+Everything else in llmtune uses these functions; they alone call `checkpoints_convert`, which alone knows other people's tensor
+names and file formats.
+
+    source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
+    params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
+    save(path, params, source)                        a Hugging Face directory, merged
+    fit_to_adapter(source, path)                      the base with the vocabulary that a PEFT adapter was trained with
+    load_adapter(path, config)                        a transform that adds it, and what it brings in whole
+    save_adapter(path, params, source)                a PEFT directory
+    convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
+"""
+
+from llmtune.pretrained.adapters import LoadedAdapter, as_exported, fit_to_adapter, load_adapter, save_adapter
+from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert
+from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save
+
+__all__ = [
+    "LAYOUTS", "Converted", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "conversion_plan", "convert",
+    "fit_to_adapter", "load", "load_adapter", "open_source", "save", "save_adapter",
+]  # fmt: skip

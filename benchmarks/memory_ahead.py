@@ -54,9 +54,7 @@ def abstract_weights(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
     """`prepare_weights` without weights: what is stored plainly has the dtype that config.json names."""
     stored = source.hf_config.get("dtype") or source.hf_config["torch_dtype"]
     graphdef, declared = declare_base(run, source.config)
-    declared = jax.tree.map(
-        lambda w: w if is_operator(w) else replace(w, dtype=stored), declared, is_leaf=is_operator
-    )
+    declared = jax.tree.map(lambda w: w if is_operator(w) else replace(w, dtype=stored), declared, is_leaf=is_operator)
     adaptation = choose_transform(sections(run.adapt), source, declared, grown=False)
     transform = adaptation.transform
     adapted = transform.apply(declared, transform.init(declared))

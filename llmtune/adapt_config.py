@@ -9,7 +9,7 @@ A new method is a dataclass here, its transform in `llmtune/transforms`, and a r
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from llmtune.config_key import key
 
@@ -17,38 +17,127 @@ Require = Callable[[bool, str, str], None]  # (condition, key, what is said wher
 SAVED = (
     "trained in whole beside it: embed_tokens, lm_head, model.norm, ... (those two by themselves with data.add_tokens)"
 )
-TARGETS = "all-linear, attention, mlp, names such as q_proj, or regular expressions on paths"
+TARGETS = "all-linear, attention, mlp, experts, names such as q_proj, or regular expressions on paths"
+FROM = "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold"
+DROPOUT = "share of the adapter's input that is dropped in each training step"
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank factors beside frozen matrices."""
+class LowRankSection:
+    """What the methods with low-rank factors share."""
 
-    method: Literal["lora"] = key("which transform", "lora")
+    method: str
     rank: int = key("of the low-rank factors", 16)
     alpha: float = key("scale of the adapter: alpha / rank", 32)
     targets: str | list[str] = key(TARGETS, "all-linear")
     rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    modules_to_save: list[str] = key(SAVED, [])
-    from_: str | None = key(
-        "a PEFT directory to continue: its rank, alpha, targets and modules_to_save hold", None, alias="from"
+    dropout: float = key(DROPOUT, 0.0)
+    rank_pattern: dict[str, int] = key("other ranks, e.g. {q_proj: 4}; its keys are written like targets", {})
+    alpha_pattern: dict[str, float] = key("other alphas, likewise", {})
+    layers: list[int] | None = key("only these layers are adapted, counted from 0; null: all", None)
+    initial: Literal["default", "pissa", "olora"] = key(
+        "factors begin with noise and zeros, or with a part of the weight: its largest singular values, or its QR",
+        "default",
     )
+    b_rate: float = key("LoRA+: the learning rate of b, in learning rates", 1.0)
+    modules_to_save: list[str] = key(SAVED, [])
+    from_: str | None = key(FROM, None, alias="from")
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
         require(self.rank > 0, f"{at}.rank", f"{self.rank} must be positive")
         require(0 < self.alpha < math.inf, f"{at}.alpha", f"{self.alpha} must be a positive number")
-        require(bool(self.targets), f"{at}.targets", "no target is given")
+        require(0 < self.b_rate < math.inf, f"{at}.b_rate", f"{self.b_rate} must be a positive number")
+        for rule, rank in self.rank_pattern.items():
+            require(rank > 0, f"{at}.rank_pattern.{rule}", f"{rank} must be positive")
+        for rule, alpha in self.alpha_pattern.items():
+            require(0 < alpha < math.inf, f"{at}.alpha_pattern.{rule}", f"{alpha} must be a positive number")
+        require(self.layers is None or len(self.layers) > 0, f"{at}.layers", "no layer is given")
+        _check_shared(self, require, at)
 
 
-Method = Lora  # the union of all of them
-METHODS: dict[str, type] = {kind.method: kind for kind in (get_args(Method) or (Method,))}  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class Lora(LowRankSection):
+    """Low-rank factors beside frozen matrices."""
+
+    method: Literal["lora"] = key("which transform", "lora")
+
+
+@dataclass(frozen=True)
+class Dora(LowRankSection):
+    """LoRA on the directions of a matrix's columns, their lengths trained apart."""
+
+    method: Literal["dora"] = key("which transform", "dora")
+
+
+@dataclass(frozen=True)
+class Ia3:
+    """Vectors that stretch keys, values and the hidden layer of the MLP."""
+
+    method: Literal["ia3"] = key("which transform", "ia3")
+    targets: str | list[str] = key(TARGETS, ["k_proj", "v_proj", "down_proj"])
+    feedforward: str | list[str] = key("those of the targets whose input is stretched, not their output", ["down_proj"])
+    modules_to_save: list[str] = key(SAVED, [])
+    from_: str | None = key(FROM, None, alias="from")
+
+    dropout: ClassVar[float] = 0.0
+
+    def check(self, require: Require, at: str) -> None:
+        """What no single field can say."""
+        _check_shared(self, require, at)
+
+
+@dataclass(frozen=True)
+class Vera:
+    """Two vectors for each matrix, between random projections that all share."""
+
+    method: Literal["vera"] = key("which transform", "vera")
+    rank: int = key("of the projections", 256)
+    targets: str | list[str] = key(TARGETS, "all-linear")
+    d_initial: float = key("where the inner vectors begin", 0.1)
+    dropout: float = key(DROPOUT, 0.0)
+    modules_to_save: list[str] = key(SAVED, [])
+    from_: str | None = key(FROM, None, alias="from")
+
+    def check(self, require: Require, at: str) -> None:
+        """What no single field can say."""
+        require(self.rank > 0, f"{at}.rank", f"{self.rank} must be positive")
+        require(math.isfinite(self.d_initial), f"{at}.d_initial", f"{self.d_initial} must be a number")
+        _check_shared(self, require, at)
+
+
+@dataclass(frozen=True)
+class Full:
+    """No adapter: the model's own weights train, all of them or those that rules name."""
+
+    method: Literal["full"] = key("which transform", "full")
+    train: str | list[str] = key(
+        "all, or names such as q_proj, embed_tokens, norm, or regular expressions on paths", "all"
+    )
+    freeze: list[str] = key("of those, what stays, written likewise", [])
+
+    dropout: ClassVar[float] = 0.0
+    modules_to_save: ClassVar[Sequence[str]] = ()
+    from_: ClassVar[None] = None
+
+    def check(self, require: Require, at: str) -> None:
+        """What no single field can say."""
+        require(bool(self.train), f"{at}.train", "no weight is given")
+
+
+Method = Lora | Dora | Ia3 | Vera | Full  # the first is the default
+METHODS: dict[str, type] = {kind.method: kind for kind in get_args(Method)}
 Adapt = Method | list[Method]
 
 
 def sections(adapt: Any) -> Sequence[Any]:
     """The sections of a run in the order in which they are applied; none is full fine-tuning."""
     return () if adapt is None else adapt if isinstance(adapt, list) else (adapt,)
+
+
+def has_adapter(adapt: Any) -> bool:
+    """Whether anything but the model's own weights trains, so that there is an adapter to export."""
+    return any(not isinstance(section, Full) for section in sections(adapt))
 
 
 def places(adapt: Any) -> list[tuple[str, Any]]:
@@ -58,12 +147,22 @@ def places(adapt: Any) -> list[tuple[str, Any]]:
 
 
 def check_adapt(adapt: Any, require: Require) -> None:
-    """What the sections say of themselves, and of continuing an adapter."""
+    """What the sections say of themselves and of each other."""
     require(not isinstance(adapt, list) or bool(adapt), "adapt", "the list is empty; leave it out for full fine-tuning")
     for at, section in places(adapt):
         section.check(require, at)
         require(
-            section.from_ is None or not section.modules_to_save,
-            f"{at}.modules_to_save",
-            f"the adapter that {at}.from names says this; leave it out",
+            not isinstance(section, Full) or len(sections(adapt)) == 1,
+            at,
+            "full trains the model's own weights, which no other method goes with; leave one of them out",
         )
+
+
+def _check_shared(section: Any, require: Require, at: str) -> None:
+    require(bool(section.targets), f"{at}.targets", "no target is given")
+    require(0 <= section.dropout < 1, f"{at}.dropout", f"{section.dropout} must lie in [0, 1)")
+    require(
+        section.from_ is None or not section.modules_to_save,
+        f"{at}.modules_to_save",
+        f"the adapter that {at}.from names says this; leave it out",
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import llmtune
 from llmtune.errors import LlmtuneError
+from llmtune.export_command import add_export
 
 if TYPE_CHECKING:
     from llmtune.model import Model
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     _add_convert(commands)
+    add_export(commands)
 
     inspect = commands.add_parser(
         "inspect",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_convert.peft import lora, whole
+from checkpoints_convert.peft import lora, vectors, whole
 from checkpoints_convert.peft.directory import CONFIG, WEIGHTS, PeftDirectory, open_peft
 from checkpoints_convert.safetensors_header import read_header
 from checkpoints_convert.safetensors_reader import WeightDirectory
@@ -32,7 +32,11 @@ class Method(NamedTuple):
     adapted: Callable[[Any], Container[str]]
 
 
-METHODS: dict[str, Method] = {"LORA": Method(lora.read, lora.write, lambda values: values.factors)}
+METHODS: dict[str, Method] = {
+    "LORA": Method(lora.read, lora.write, lambda values: values.factors),
+    "IA3": Method(vectors.read_ia3, vectors.write_ia3, lambda values: values),
+    "VERA": Method(vectors.read_vera, vectors.write_vera, lambda values: values.inner),
+}
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,29 @@
-"""LoRA in PEFT directories.
+"""LoRA and DoRA in PEFT directories.
 
-    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight  [rank, in]     ->  a[3] = its transpose, [in, rank]
-    base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight  [out, rank]    ->  b[3] = its transpose, [rank, out]
-
-The tensors present are the truth about which modules are adapted; rank_pattern and alpha_pattern say with which scale. Layers
-without an adapter, or of a smaller rank, are padded with zeros.
+The tensors present are the truth about which modules are adapted; rank_pattern and alpha_pattern say with which scale. `factors`
+has the names of the tensors, `experts` those of experts.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.hf_names import MODULES, SEGMENT, Tensor, tensors
+from checkpoints_convert.hf_names import Tensor, root_module, tensors
+from checkpoints_convert.peft import experts
 from checkpoints_convert.peft.directory import CONFIG, PeftDirectory, is_number, is_rank, of_pattern
+from checkpoints_convert.peft.factors import KEY, SIDES, Factors, Pair, alpha_of, check_pair, stack, unstack
 from checkpoints_convert.peft.whole import whole_name
-from checkpoints_convert.safetensors_reader import WeightDirectory
 from checkpoints_convert.safetensors_writer import Entry
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
-HEAD = "lm_head"
-KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.(language_model\.)?layers\.\d+\.[a-z_]+\.[a-z_]+|lm_head)(\.base_layer)?\.lora_(?P<side>[AB])(\.(?!weight)\w+)?\.weight"
-)
-READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+HEAD, EMBEDDING, EXPERTS = "lm_head", "embed_tokens", "mlp.experts"
+READ = {
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_parameters",
+}  # fmt: skip
 HARMLESS = {
     "lora_dropout", "megatron_core", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "velora_config",
     "qalora_group_size",
@@ -40,24 +35,10 @@ KEEP_BASE = (
     "mica",
 )  # initialisers that leave the base as it is; pissa, olora... do not
 REFUSED = {  # field -> the values under which it changes nothing
-    "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None), "target_parameters": (None, []), "layer_replication": (None, []),
+    "bias": ("none", None), "fan_in_fan_out": (False, None), "lora_bias": (False, None), "layer_replication": (None, []),
     "megatron_config": (None,), "trainable_token_indices": (None, {}, []), "use_qalora": (False, None),
     "alora_invocation_tokens": (None,), "arrow_config": (None,),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One weight's adapter: float32 a [L, in, rank], b [L, rank, out], scale [L]; `ranks` where they differ.
-
-    The head is no stack: there L is left out.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: np.ndarray
-    ranks: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -66,70 +47,97 @@ class LoraValues:
 
     factors: Mapping[str, Factors]
     rslora: bool
+    dropout: float = 0.0
 
 
 def read(directory: PeftDirectory, config: ModelConfig) -> LoraValues | None:
     """The factors, every shape checked against a base of this configuration."""
     _check_settings(directory)
-    pairs = _pairs(directory.weights, config)
-    rslora = bool(directory.settings.get("use_rslora"))
+    pairs, fused = _pairs(directory, config)
     factors = {}
     for path in dict.fromkeys(tensor.path for tensor in tensors(config)):
         layers = [tensor for tensor in tensors(config) if tensor.path == path]
         if any(tensor.name in pairs for tensor in layers):
-            factors[path] = _stack(layers, pairs, directory.settings, rslora, directory.path / CONFIG)
-    return LoraValues(factors, rslora) if factors else None
+            factors[path] = stack(layers, pairs, lambda module, rank: _scale(directory, module, rank))
+    factors |= experts.to_weights(fused, config)
+    return LoraValues(factors, bool(directory.settings.get("use_rslora"))) if factors else None
 
 
 def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[str, Any]]:
     """Tensors and settings. The most common rank and alpha are the default, others go into the patterns."""
-    table = {(tensor.path, tensor.layer): tensor for tensor in tensors(config)}
+    table = {(tensor.path, tensor.index): tensor for tensor in tensors(config)}
     entries, ranks, alphas = [], {}, {}
     for path, own in values.factors.items():
-        for layer, a, b, scale in _layers(own):
-            rank = own.a.shape[-1] if own.ranks is None or layer is None else own.ranks[layer]
-            if rank == 0:
-                continue
-            module = table[path, layer].name.removesuffix(".weight")
-            ranks[module], alphas[module] = rank, _alpha(float(scale), rank, values.rslora)
-            for side, matrix in (("A", a[:, :rank].T), ("B", b[:rank].T)):
-                array = np.ascontiguousarray(matrix, dtype=np.float32)
-                key = f"base_model.model.{module}.lora_{side}.weight"
-                entries.append(Entry(key, array.dtype, array.shape, lambda array=array: array))
-    return entries, _settings(ranks, alphas, values.factors, values.rslora)
+        for place, rank, pair, scale in unstack(own) if "/experts/" not in path else ():
+            module = table[path, place].name.removesuffix(".weight")
+            ranks[module], alphas[module] = rank, alpha_of(scale, rank, values.rslora)
+            entries += _entries(module, pair, embedding=module.endswith(EMBEDDING))
+    fused = experts.to_fused(values.factors)
+    parameters = {}
+    for (layer, parameter), one in fused.items():
+        module, rank = f"{root_module(config)}.layers.{layer}.{EXPERTS}", one.a.shape[1]
+        nested = parameter == "gate_up_proj" and (layer, "down_proj") in fused
+        entries += _entries(f"{module}.base_layer" if nested else module, experts.fused_pair(one))
+        parameters[f"{module}.{parameter}"] = f"{EXPERTS}.{parameter}"
+        ranks[f"{module}.{parameter}"] = rank
+        alphas[f"{module}.{parameter}"] = alpha_of(one.scale, rank, values.rslora)
+    dora = any(own.magnitude is not None for own in values.factors.values())
+    return entries, {
+        **_settings(ranks, alphas, parameters, config, values.rslora),
+        "lora_dropout": values.dropout,
+        "use_dora": dora,
+    }
 
 
-def _layers(factors: Factors) -> list[tuple[int | None, np.ndarray, np.ndarray, np.ndarray]]:
-    """(layer, a, b, scale) of each matrix; the layer of one that is no stack is None."""
-    if factors.a.ndim == 2:
-        return [(None, factors.a, factors.b, factors.scale)]
-    return [(k, factors.a[k], factors.b[k], factors.scale[k]) for k in range(len(factors.scale))]
+def _entries(module: str, pair: Pair, *, embedding: bool = False) -> list[Entry]:
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    named = [*zip(names, (pair.a, pair.b), strict=True), ("lora_magnitude_vector", pair.magnitude)]
+    found = []
+    for name, matrix in named:
+        if matrix is not None:
+            array = np.ascontiguousarray(matrix, dtype=np.float32)
+            found.append(Entry(f"base_model.model.{module}.{name}", array.dtype, array.shape, lambda own=array: own))
+    return found
 
 
 def _settings(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], factors: Mapping[str, Factors], rslora: bool
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    parameters: Mapping[str, str],
+    config: ModelConfig,
+    rslora: bool,
 ) -> dict[str, Any]:
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    stacked = [MODULES[path.removeprefix(f"{SEGMENT}/")] for path in factors if path.startswith(SEGMENT)]
-    root = next((module.partition(".layers.")[0] for module in ranks if module != HEAD), "model")
-    layers = sorted({int(module.partition(".layers.")[2].split(".")[0]) for module in ranks if module != HEAD})
-    every_layer = root == "model" and all(f"model.layers.{n}.{module}" in ranks for module in stacked for n in layers)
-    targets = sorted({module.rsplit(".", 1)[-1] for module in [*stacked, *(m for m in ranks if m == HEAD)]})
+    modules = [module for module in ranks if module not in parameters]
+    stacked = [module for module in modules if ".layers." in module]
+    inside = {module.partition(".layers.")[2].partition(".")[2] for module in stacked}
+    root = stacked[0].partition(".layers.")[0] if stacked else "model"
+    layers = sorted({int(module.partition(".layers.")[2].split(".")[0]) for module in stacked})
+    every_layer = root == "model" and all(f"model.layers.{n}.{own}" in ranks for own in inside for n in layers)
+    partly = every_layer and 0 < len(layers) < config.num_hidden_layers
+    if parameters and partly:
+        every_layer = partly = False  # `layers_to_transform` would hold for the experts too
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
         "use_rslora": rslora,
-        "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": targets if every_layer else sorted(ranks),
+        "target_modules": sorted({own.rsplit(".", 1)[-1] for own in modules}) if every_layer else sorted(modules),
+        "target_parameters": _parameter_names(parameters, config) or None,
         "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
         "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
-        "layers_to_transform": layers if every_layer and 0 < len(layers) < _depth(factors) else None,
+        "layers_to_transform": layers if partly else None,
         "layers_pattern": None,
     }
+
+
+def _parameter_names(parameters: Mapping[str, str], config: ModelConfig) -> list[str]:
+    """Short where every layer has the parameter, else one name for each layer."""
+    short = sorted(set(parameters.values()))
+    complete = len(parameters) == len(short) * config.num_hidden_layers
+    return short if complete else sorted(parameters)
 
 
 def _check_settings(directory: PeftDirectory) -> None:
@@ -144,14 +152,18 @@ def _check_settings(directory: PeftDirectory) -> None:
         raise directory.refuse("r", "a positive integer is needed")
     if not is_number(settings.get("lora_alpha", 8)):
         raise directory.refuse("lora_alpha", "a number is needed")
+    if settings.get("use_dora") not in (None, False, True):
+        raise directory.refuse("use_dora", "true or false is needed")
     directory.check_patterns("rank_pattern", is_rank)
     directory.check_patterns("alpha_pattern", is_number)
 
 
-def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{Hugging Face weight name: (A [rank, in], B [out, rank])} in float32, every shape checked against the base."""
-    known = {tensor.name: tensor for tensor in tensors(config)}
-    sides: dict[str, dict[str, str]] = {}
+def _pairs(
+    directory: PeftDirectory, config: ModelConfig
+) -> tuple[dict[str, Pair], dict[tuple[int, str], experts.Fused]]:
+    """({Hugging Face weight name: pair}, {(layer, fused parameter): factors}), float32, shapes checked against the base."""
+    weights, known = directory.weights, {tensor.name: tensor for tensor in tensors(config)}
+    sides: dict[tuple[str, str], dict[str, str]] = {}
     for key, info in weights.tensors.items():
         if whole_name(key) is not None:
             continue
@@ -160,69 +172,48 @@ def _pairs(weights: WeightDirectory, config: ModelConfig) -> dict[str, tuple[np.
             raise LlmtuneFormatError(
                 f"{info.file}: {key} is no LoRA factor of a layer's matrix, which is all that is read so far"
             )
-        name = f"{match['module']}.weight"
-        if name not in known or not known[name].transposed:
+        name, fused = f"{match['module']}.weight", match["module"].endswith(EXPERTS) and config.experts is not None
+        if not fused and (name not in known or not _is_matrix(known[name])):
             raise LlmtuneFormatError(f"{info.file}: {key} adapts a module that this base model does not have")
-        sides.setdefault(name, {})[match["side"]] = key
-    pairs = {}
-    for name, keys in sides.items():
-        if set(keys) != {"A", "B"}:
-            raise LlmtuneFormatError(f"{weights.path}: {name} has only lora_{min(keys)}; the adapter is incomplete")
+        under = (
+            match["under"] if fused else ""
+        )  # elsewhere it says how the weight was wrapped, and nothing of the factor
+        sides.setdefault((match["module"], under), {})[SIDES[match["side"]]] = key
+    pairs, found = {}, {}
+    for (module, _), keys in sides.items():
+        if not {"A", "B"} <= set(keys):
+            raise LlmtuneFormatError(f"{weights.path}: {module} has only lora_{min(keys)}; the adapter is incomplete")
         a, b = (weights.read(keys[side]).astype(np.float32) for side in "AB")
-        out, n_in = known[name].shape
-        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != n_in or b.shape[0] != out or a.shape[0] != b.shape[1]:
-            raise LlmtuneFormatError(
-                f"{weights.path}: {name} has A {list(a.shape)} and B {list(b.shape)} where the base is [{out}, {n_in}]; "
-                "the adapter was made for another base model"
-            )
-        pairs[name] = (a, b)
-    return pairs
+        pair = Pair(a, b, weights.read(keys["m"]).astype(np.float32) if "m" in keys else None)
+        if bool(directory.settings.get("use_dora")) != ("m" in keys) and not module.endswith(EXPERTS):
+            raise LlmtuneFormatError(f"{weights.path}: {module} and use_dora in {CONFIG} do not fit each other")
+        if f"{module}.weight" in known:
+            shape = known[f"{module}.weight"].shape
+            table = not known[f"{module}.weight"].transposed
+            pairs[f"{module}.weight"] = check_pair(weights.path, module, pair, shape[::-1] if table else shape)  # type: ignore[arg-type]
+        else:
+            parameter, own_a, own_b = experts.split_fused(weights.path, module, pair, config)
+            layer = int(module.partition(".layers.")[2].split(".")[0])
+            scale = _scale(directory, f"{module}.{parameter}", own_a.shape[1])
+            found[layer, parameter] = experts.Fused(own_a, own_b, scale)
+    return pairs, found
 
 
-def _stack(
-    layers: list[Tensor],
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    settings: Mapping[str, Any],
-    rslora: bool,
-    where: Path,
-) -> Factors:
-    out, n_in = layers[0].shape
-    ranks = tuple(pairs[t.name][0].shape[0] if t.name in pairs else 0 for t in layers)
-    widest = max(ranks)
-    a = np.zeros((len(layers), n_in, widest), np.float32)
-    b = np.zeros((len(layers), widest, out), np.float32)
-    scale = np.zeros(len(layers), np.float32)
-    for k, tensor in enumerate(layers):
-        if ranks[k]:
-            own_a, own_b = pairs[tensor.name]
-            a[k, :, : ranks[k]], b[k, : ranks[k]] = own_a.T, own_b.T
-            scale[k] = _scale(tensor.name.removesuffix(".weight"), ranks[k], settings, rslora, where)
-    if layers[0].layer is None:
-        return Factors(a[0], b[0], scale.reshape(()), None)
-    return Factors(a, b, scale, None if set(ranks) == {widest} else ranks)
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.transposed or tensor.path == "embed/table"
 
 
-def _scale(module: str, rank: int, settings: Mapping[str, Any], rslora: bool, where: Path) -> float:
+def _scale(directory: PeftDirectory, module: str, rank: int) -> float:
+    settings = directory.settings
     declared = of_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
     if declared != rank:
-        raise LlmtuneFormatError(f"{where}: {module} is declared with rank {declared}, its tensors have {rank}")
+        raise LlmtuneFormatError(
+            f"{directory.path / CONFIG}: {module} is declared with rank {declared}, its tensors have {rank}"
+        )
     alpha = of_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """Alpha back from a float32 scale: the shortest decimal that gives this very scale, an int where it is one."""
-    divisor = math.sqrt(rank) if rslora else rank
-    exact = scale * divisor
-    candidates = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
-    alpha = next((own for own in candidates if np.float32(own / divisor) == np.float32(scale)), exact)
-    return int(alpha) if alpha.is_integer() else alpha
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
     listed = list(values.values())
     return max(dict.fromkeys(listed), key=listed.count)
-
-
-def _depth(factors: Mapping[str, Factors]) -> int:
-    return max(own.scale.size for own in factors.values())

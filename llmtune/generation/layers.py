@@ -18,6 +18,7 @@ from llmtune.generation.cache import Cache, LayerCache, StackedCache
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
+from llmtune.weights import map_stacked, split_shared
 
 Bind = Callable[[Any], LanguageModel]
 Arrange = Callable[
@@ -51,5 +52,5 @@ def apart(bind: Bind, config: ModelConfig) -> tuple[Bind, Arrange]:
 
 
 def _layers(segment: Any) -> list[Any]:
-    depth = jax.tree.leaves(segment)[0].shape[0]
-    return [jax.tree.map(lambda stack, n=n: stack[n : n + 1], segment) for n in range(depth)]
+    depth = jax.tree.leaves(split_shared(segment)[0])[0].shape[0]
+    return [map_stacked(lambda stack, n=n: stack[n : n + 1], segment) for n in range(depth)]

@@ -32,7 +32,7 @@ from llmtune.models.mlp import MLP, Sums
 from llmtune.models.moe import MoE
 from llmtune.models.norm import RMSNorm
 from llmtune.models.rope import Rotations, rotations
-from llmtune.weights import ArraySpec, Tied, Weight, embed_lookup, normal
+from llmtune.weights import ArraySpec, Tied, Weight, embed_lookup, join_shared, normal, split_shared
 
 Params = dict[str, Any]
 Remat = Callable[[Callable], Callable]  # wraps the function of one block: the identity, or jax.checkpoint with a policy
@@ -119,10 +119,11 @@ class Decoder(nnx.Module):
         total: Sums = {}
         first = 0
         for segment in self.layers:
-            block, stacked = nnx.split(segment)
+            block, weights = nnx.split(segment)
+            stacked, shared = split_shared(weights)
 
-            def call(x, cache, params, layer, block=block):
-                return nnx.merge(block, params)(x, turns, attend, layer, cache, counted)
+            def call(x, cache, params, layer, block=block, shared=shared):
+                return nnx.merge(block, join_shared(params, shared))(x, turns, attend, layer, cache, counted)
 
             x, cache, sums = _scan_layers(call, stacked, first, self.config.windows, x, cache, remat)
             total = _add(total, sums)

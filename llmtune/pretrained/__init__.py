@@ -9,14 +9,17 @@ names and file formats.
     fit_to_adapter(source, path)                      the base with the vocabulary that a PEFT adapter was trained with
     load_adapter(path, config)                        a transform that adds it, and what it brings in whole
     save_adapter(path, params, source)                a PEFT directory
+    check_adapter(path), resize_adapter, combine_adapter_files      PEFT directories as files
     convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
+from llmtune.pretrained.adapter_files import Finding, base_of, check_adapter, combine_adapter_files, resize_adapter
 from llmtune.pretrained.adapters import LoadedAdapter, as_exported, fit_to_adapter, load_adapter, save_adapter
 from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert
 from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save
 
 __all__ = [
-    "LAYOUTS", "Converted", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "conversion_plan", "convert",
-    "fit_to_adapter", "load", "load_adapter", "open_source", "save", "save_adapter",
+    "LAYOUTS", "Converted", "Finding", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "base_of",
+    "check_adapter", "combine_adapter_files", "conversion_plan", "convert", "fit_to_adapter", "load", "load_adapter",
+    "open_source", "resize_adapter", "save", "save_adapter",
 ]  # fmt: skip

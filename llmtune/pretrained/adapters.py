@@ -11,36 +11,90 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints_convert import hf_weights, peft
-from checkpoints_convert.peft.lora import Factors as PeftFactors
+from checkpoints_convert.peft.factors import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
+from checkpoints_convert.peft.vectors import Gains as PeftGains
+from checkpoints_convert.peft.vectors import VeraValues
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
-from llmtune.transforms import Factors, Transform, chain, given_whole, lora_from, weights_by_path
-from llmtune.weights import LoRA, is_adapter
+from llmtune.transforms import (
+    Factors,
+    Gains,
+    Projections,
+    Transform,
+    Vectors,
+    chain,
+    given_whole,
+    ia3_from,
+    lora_from,
+    vera_from,
+    weights_by_path,
+)
+from llmtune.weights import IA3, VeRA, beneath, is_adapter, low_rank_values
 
 Weights = Mapping[str, Any]  # arrays and operators, by path
 
 
 class Family(NamedTuple):
-    """`given`: values as read -> the transform that puts them in; `collect`: weights -> values to write, None where none."""
+    """`given`: (values as read, dropout) -> the transform that puts them in; `collect`: weights -> values, None where none."""
 
-    given: Callable[[Any], Transform]
+    given: Callable[[Any, float], Transform]
     collect: Callable[[Weights], Any]
 
 
-def _lora_given(values: LoraValues) -> Transform:
-    factors = {name: Factors(own.a, own.b, own.scale, own.ranks) for name, own in values.factors.items()}
-    return lora_from(factors, rslora=values.rslora)
+def _lora_given(values: LoraValues, dropout: float) -> Transform:
+    factors = {name: Factors(own.a, own.b, own.scale, own.ranks, own.magnitude) for name, own in values.factors.items()}
+    return lora_from(factors, rslora=values.rslora, dropout=dropout)
 
 
 def _lora_collect(weights: Weights) -> LoraValues | None:
-    adapters = {name: weight for name, weight in weights.items() if isinstance(weight, LoRA)}
-    factors = {name: PeftFactors(on_host(w.a), on_host(w.b), on_host(w.scale), w.ranks) for name, w in adapters.items()}
-    return LoraValues(factors, any(weight.rslora for weight in adapters.values())) if adapters else None
+    found = {name: low_rank_values(weight) for name, weight in weights.items()}
+    own = {name: values for name, values in found.items() if values is not None}
+    factors = {
+        name: PeftFactors(
+            on_host(v.a), on_host(v.b), on_host(v.scale), v.ranks, None if v.magnitude is None else on_host(v.magnitude)
+        )
+        for name, v in own.items()
+    }
+    settings = {(values.rslora, values.dropout) for values in own.values()}
+    if len({rslora for rslora, _ in settings}) > 1:
+        raise LlmtuneConfigError(
+            "save_adapter: some adapters are rank-stabilised and some are not, which no PEFT directory says; "
+            "save() writes the merged model"
+        )
+    return LoraValues(factors, any(r for r, _ in settings), max(rate for _, rate in settings)) if factors else None
 
 
-FAMILIES: dict[str, Family] = {"LORA": Family(_lora_given, _lora_collect)}
+def _ia3_given(values: Mapping[str, PeftGains], dropout: float) -> Transform:
+    del dropout
+    return ia3_from({name: Gains(own.gain, own.on, own.side) for name, own in values.items()})
+
+
+def _ia3_collect(weights: Weights) -> dict[str, PeftGains] | None:
+    own = {name: weight for name, weight in weights.items() if isinstance(weight, IA3)}
+    return {name: PeftGains(on_host(w.gain), on_host(w.on), w.side) for name, w in own.items()} or None
+
+
+def _vera_given(values: VeraValues, dropout: float) -> Transform:
+    vectors = {name: Vectors(inner, values.outer[name]) for name, inner in values.inner.items()}
+    return vera_from(Projections(values.a, values.b), vectors, dropout=dropout)
+
+
+def _vera_collect(weights: Weights) -> VeraValues | None:
+    own = {name: weight for name, weight in weights.items() if isinstance(weight, VeRA)}
+    if not own:
+        return None
+    one = next(iter(own.values()))
+    inner, outer = ({name: on_host(getattr(w, part)) for name, w in own.items()} for part in ("inner", "outer"))
+    return VeraValues(on_host(one.a), on_host(one.b), inner, outer)
+
+
+FAMILIES: dict[str, Family] = {
+    "LORA": Family(_lora_given, _lora_collect),
+    "IA3": Family(_ia3_given, _ia3_collect),
+    "VERA": Family(_vera_given, _vera_collect),
+}
 
 
 @dataclass(frozen=True)
@@ -69,12 +123,15 @@ def as_exported(source: Source, path: Path) -> Source:
     return replace(source, config=config, companions=(*source.companions, path))
 
 
-def load_adapter(path: str | Path, config: ModelConfig) -> LoadedAdapter:
-    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`)."""
+def load_adapter(path: str | Path, config: ModelConfig, *, dropout: float = 0.0) -> LoadedAdapter:
+    """A PEFT directory's adapter, with its values, for a base whose vocabulary fits it (`fit_to_adapter`).
+
+    `dropout`: of its input while it trains on; what the directory says of that is of an earlier training.
+    """
     adapter = peft.read_adapter(Path(path), config)
     transform = given_whole(adapter.whole)
     if adapter.values is not None:
-        transform = chain(transform, FAMILIES[adapter.method].given(adapter.values))
+        transform = chain(transform, FAMILIES[adapter.method].given(adapter.values, dropout))
     return LoadedAdapter(transform, tuple(adapter.whole), adapter.method)
 
 
@@ -92,7 +149,7 @@ def save_adapter(
     Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
-    nested = [name for name, weight in weights.items() if is_adapter(weight) and is_adapter(weight.base)]
+    nested = [name for name, weight in weights.items() if is_adapter(weight) and is_adapter(beneath(weight))]
     if nested:
         raise LlmtuneConfigError(f"save_adapter: {nested[0]} carries several adapters; save() writes the merged model")
     method, values = _collect(weights)
@@ -112,7 +169,7 @@ def save_adapter(
         source.config,
         base=source.name if source.directory is None else str(source.directory.absolute()),
         whole_paths=whole,
-        fetch=fetch_from({name: weight.base if name in adapted else weight for name, weight in weights.items()}),
+        fetch=fetch_from({name: beneath(weight) if name in adapted else weight for name, weight in weights.items()}),
         complete=finish,
     )
 

@@ -28,7 +28,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import resize_vocabulary, weights_by_path, without_vocabulary_axis
-from llmtune.weights import Quantized, dense, is_operator, materialize, shardings
+from llmtune.weights import Quantized, dense, is_operator, layer, map_stacked, materialize, shardings
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
@@ -216,10 +216,10 @@ def fetch_from(weights: Mapping[str, Any]) -> hf_weights.Fetch:
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
         if len(place) == 2:
-            own = jax.tree.map(lambda leaf: _expert(leaf, place), weight)
-            return np.asarray(dense(own)) if is_operator(own) else own
+            weight = map_stacked(lambda leaf: _expert(leaf, place), weight)
+            return np.asarray(dense(weight)) if is_operator(weight) else weight
         if place:
-            weight = jax.tree.map(lambda leaf: leaf[place[0]], weight)
+            weight = layer(weight, place[0])
         return on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch

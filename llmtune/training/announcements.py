@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from llmtune import pretrained
+from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
 from llmtune.data import RunData
 from llmtune.evaluation.perplexity import HeldOut
@@ -45,13 +46,13 @@ def describe(
     config, mesh = source.config, program.mesh
     display.note(
         f"model: {source.name} ({config.architecture}, {config.num_hidden_layers} layers, hidden {config.hidden_size}); "
-        + (f"{trained:,} parameters of the adapter train" if run.adapt else f"all {trained:,} parameters train")
+        + _what_trains(run, trained)
     )
     if config.is_text_tower:
         display.note(
             "note: the text tower is trained; the others' tensors are carried through untouched into the export"
         )
-    adapted = run.adapt is not None
+    adapted = has_adapter(run.adapt)
     for note in (*describe_vocabulary(source, vocabulary, adapted=adapted), *data.notes, *data.look.lines):
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -63,6 +64,12 @@ def describe(
             f"note: {extra} empty rows are added to each batch of {rows} to spread it evenly; "
             f"a batch_size of {rows + extra} would cost the same"
         )
+
+
+def _what_trains(run: Run, trained: int) -> str:
+    if has_adapter(run.adapt):
+        return f"{trained:,} parameters of the adapter train"
+    return f"all {trained:,} parameters train" if run.adapt is None else f"{trained:,} of its parameters train"
 
 
 def conclude(display: Display, data: RunData, summary: Summary, directory: RunDirectory) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 
 import llmtune
 from llmtune import pretrained
+from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
 from llmtune.data import Dataset, RunData, SourceReport
 from llmtune.training.processes import is_first
@@ -78,7 +79,7 @@ def run_facts(
     model = {
         "name": source.name,
         "architecture": config.architecture,
-        "parameters": rest if run.adapt else trained + rest,
+        "parameters": rest if has_adapter(run.adapt) else trained + rest,
         "trainable_parameters": trained,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,

@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 
 from llmtune import pretrained
+from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
 from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
@@ -65,7 +66,7 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
 
                 display.phase("exporting", total=None)
                 params = combine(state.trainable, program.frozen)
-                adapted = run.adapt is not None
+                adapted = has_adapter(run.adapt)
                 with written_once(directory.export) as export:
                     exports = export_run(export, params, source, vocabulary, data, adapted=adapted, whole=program.whole)
         summary = Summary(directory.path, steps, before, after, exports)

@@ -4,6 +4,7 @@ AdamW is torch's: bias-corrected moments, eps outside the root, decay decoupled 
 by path, never by number of dimensions: stacked norms are matrices to `ndim`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,8 +32,10 @@ def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm (where asked for), then AdamW."""
+def make_optimizer(
+    config: Optimizer, schedule: optax.Schedule, rates: Callable[[str], float] = lambda path: 1.0
+) -> optax.GradientTransformation:
+    """Clipping by global norm (where asked for), then AdamW; `rates`: a leaf's path -> its learning rate, in that of all."""
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     adamw = optax.adamw(
         schedule,
@@ -42,7 +45,17 @@ def make_optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.Gradien
         weight_decay=config.weight_decay,
         mask=DECAY_MASKS[config.decay],
     )
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, adamw, scale_by_path(rates))
+
+
+def scale_by_path(rates: Callable[[str], float]) -> optax.GradientTransformation:
+    """Each leaf's update times the rate of its path (LoRA+: Hayou et al. 2024, arXiv:2402.12354, trains b faster than a)."""
+
+    def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        rate = rates(path_name(path))
+        return update if rate == 1 else update * rate
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def decay_all(params: Any) -> Any:

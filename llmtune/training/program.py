@@ -18,12 +18,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
+from llmtune.adapt_config import sections
 from llmtune.config import Run
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
 from llmtune.sharding import Strategy, axis_size
+from llmtune.training.adapting import learning_rates
 from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState, init_state
@@ -85,7 +87,7 @@ def assemble(
 ) -> tuple[Program, optax.GradientTransformation]:
     """The program of these weights, and its optimizer. They may be abstract, for compiling ahead of time."""
     schedule = make_schedule(run.optimizer, steps)
-    optimizer = make_optimizer(run.optimizer, schedule)
+    optimizer = make_optimizer(run.optimizer, schedule, learning_rates(sections(run.adapt)))
     bind = functools.partial(
         LanguageModel,
         weights.graphdef,
@@ -100,7 +102,7 @@ def assemble(
         strategy,
         bind,
         weights.frozen,
-        make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches),
+        make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches, run.train.seed),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         row_multiple(run, mesh, strategy),
         weights.whole,

@@ -18,6 +18,7 @@ from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
 from llmtune.sharding import Strategy, spec
 from llmtune.training.state import TrainState
 from llmtune.transforms import combine
+from llmtune.weights import with_dropout_keys
 
 Bind = Callable[[Any], Model]  # a tree of weights -> the record that objectives see
 Metrics = dict[str, jax.Array]
@@ -32,21 +33,24 @@ def make_train_step(
     schedule: optax.Schedule,
     strategy: Strategy,
     microbatches: int,
+    seed: int = 0,
 ) -> TrainStep:
     """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`.
 
-    And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts.
+    And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts. What dropout drops follows from
+    (seed, step, microbatch, weight).
     """
 
-    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, weight, figures = objective(bind(combine(trainable, frozen)), batch)
+    def sums(trainable: Any, frozen: Any, key: jax.Array, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, weight, figures = objective(bind(with_dropout_keys(combine(trainable, frozen), key)), batch)
         return loss, (weight, figures)
 
     gradient = jax.value_and_grad(sums, has_aux=True)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with strategy.active():
-            (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, batch)
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, key, batch)
             total = jnp.maximum(weight, 1.0)
             grads = jax.tree.map(lambda g: g / total, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -86,17 +90,20 @@ def document_sums(values: jax.Array, segment_ids: jax.Array, documents: jax.Arra
     return jnp.where(own, values[:, None, :], 0.0).sum(-1)
 
 
-def accumulate(gradient: Callable, microbatches: int, trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+def accumulate(
+    gradient: Callable, microbatches: int, trainable: Any, frozen: Any, key: jax.Array, batch: Batch
+) -> tuple[Any, Any]:
     """((loss sum, (weight sum, sums of metrics)), gradient of the loss sum) over `microbatches` pieces of the batch's rows."""
     if microbatches == 1:
-        return gradient(trainable, frozen, batch)
+        return gradient(trainable, frozen, key, batch)
     pieces = jax.tree.map(lambda rows: split_rows(rows, microbatches), batch)
+    keys = jax.random.split(key, microbatches)
 
-    def add(total: Any, piece: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(trainable, frozen, piece)), None
+    def add(total: Any, piece: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *piece)), None
 
-    first, rest = (jax.tree.map(lambda p, s=s: p[s], pieces) for s in (0, slice(1, None)))
-    total, _ = jax.lax.scan(add, gradient(trainable, frozen, first), rest)
+    first, rest = (jax.tree.map(lambda p, s=s: p[s], (keys, pieces)) for s in (0, slice(1, None)))
+    total, _ = jax.lax.scan(add, gradient(trainable, frozen, *first), rest)
     return total
 
 

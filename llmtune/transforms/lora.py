@@ -1,89 +1,145 @@
-"""LoRA as a transform: wrap the selected matrices, declare the factors.
+"""LoRA and DoRA as transforms: wrap the selected matrices, declare the factors.
 
-    {"q": {"kernel": W}}   -->   {"q": {"kernel": LoRA(W, a, b, scale)}}
+    {"q": {"kernel": W}}   --lora-->   {"q": {"kernel": LoRA(W, a, b, scale)}}
+                           --dora-->   {"q": {"kernel": DoRA(LoRA(W, a, b, scale), magnitude, square)}}
 
-The factors' logical axes follow from the base's: a takes its input axis, b its output axis, both its layer axis.
+With an initialiser (`llmtune.transforms.initial`) a and b begin with a part of W, which is taken out of the base in return:
+
+                           --lora, initial=pissa-->  LoRA(LoRA(W, a0, b0, -scale), a, b, scale)        a = a0, b = b0
+
+The base stays as it was stored, so that it may be quantised, and what is exported is a plain LoRA of twice the rank.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
-from llmtune.transforms.select import select, weights_by_path
+from llmtune.transforms.initial import Initial, start
+from llmtune.transforms.low_rank import LowRank, Plan, declare_factors, only_layers, padded_ranks, plan, wrap
+from llmtune.transforms.select import EMBEDDING, weights_by_path
 from llmtune.transforms.transform import Params, Transform
-from llmtune.weights import ArraySpec, LoRA, constant, is_operator, path_name, uniform
+from llmtune.weights import ArraySpec, DoRA, LoRA, measured
+
+Specs = dict[str, ArraySpec]
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The values of one adapter on one weight: a [..., in, rank], b [..., rank, out], scale [...]; see `LoRA`."""
+    """The values of one adapter on one weight: a [..., in, rank], b [..., rank, out], scale [...]; see `LoRA`.
+
+    `magnitude` [..., out]: of DoRA, else None.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: np.ndarray
     ranks: tuple[int, ...] | None = None
+    magnitude: np.ndarray | None = None
 
 
-def lora(*, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", rslora: bool = False) -> Transform:
-    """A fresh adapter: a as peft draws it (Kaiming-uniform with slope sqrt(5): within 1/sqrt(in)), b zero."""
-    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-
-    def init(declared: Params) -> dict[str, dict[str, ArraySpec]]:
-        weights = weights_by_path(declared)
-        return {path: _declare(path, weights[path], rank, scale) for path in select(declared, targets)}
-
-    return Transform(init, lambda params, additions: _wrap(params, additions, {}, rslora))
+def lora(
+    *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", initial: Initial | None = None, **more: Any
+) -> Transform:
+    """A fresh adapter; `more`: the other fields of `LowRank`. Without `initial` the model begins as it was, b being zero."""
+    return _fresh(LowRank(rank, alpha, targets, **more), initial, _low_rank_additions)
 
 
-def lora_from(factors: Mapping[str, Factors], *, rslora: bool) -> Transform:
+def dora(
+    *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", initial: Initial | None = None, **more: Any
+) -> Transform:
+    """A fresh adapter of which the columns' lengths are trained apart from their directions."""
+    return _fresh(LowRank(rank, alpha, targets, **more), initial, _dora_additions)
+
+
+def lora_from(factors: Mapping[str, Factors], *, rslora: bool, dropout: float = 0.0) -> Transform:
     """An adapter with given values, read from a file: the same structure, initialised to them."""
 
-    def init(declared: Params) -> dict[str, dict[str, ArraySpec]]:
+    def init(declared: Params) -> dict[str, Specs]:
         weights = weights_by_path(declared)
-        additions = {}
-        for path, given in factors.items():
-            if path not in weights:
-                raise LlmtuneFormatError(f"adapter: it adapts {path}, which this model does not have")
-            specs = _declare(path, weights[path], given.a.shape[-1], 0.0)
-            for name, spec in specs.items():
-                value = getattr(given, name)
-                if value.shape != spec.shape:
-                    raise LlmtuneFormatError(
-                        f"adapter: {path} has {name} of shape {value.shape} where this model needs {spec.shape}; "
-                        "it was made for another base model"
-                    )
-            additions[path] = {name: ArraySpec(s.shape, s.axes, init=getattr(given, name)) for name, s in specs.items()}
-        return additions
+        missing = [path for path in factors if path not in weights]
+        if missing:
+            raise LlmtuneFormatError(f"adapter: it adapts {missing[0]}, which this model does not have")
+        return {path: _given(path, weights[path], given) for path, given in factors.items()}
 
-    ranks = {path: given.ranks for path, given in factors.items()}
-    return Transform(init, lambda params, additions: _wrap(params, additions, ranks, rslora))
+    def apply(params: Params, additions: Mapping[str, Any]) -> Params:
+        ranks = {path: given.ranks for path, given in factors.items()}
+        return wrap(params, additions, lambda path, base, own: _operator(base, own, ranks[path], rslora, dropout))
+
+    def build(params: Params, additions: Mapping[str, Any]) -> Params:
+        return _measure(apply(params, additions), additions, magnitude=False)
+
+    return Transform(init, apply, build)
 
 
-def _declare(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
-    if "expert" in base.axes:
-        raise LlmtuneConfigError(f"adapt.targets: {path} holds experts, which LoRA does not adapt yet; leave them out")
-    (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = base.shape, base.axes
-    if rank < 1 or rank > min(n_in, n_out):
+def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any, Plan], Specs]) -> Transform:
+    def init(declared: Params) -> dict[str, Specs]:
+        weights, plans = weights_by_path(declared), plan(declared, choice)
+        return {path: declare(path, weights[path], own) for path, own in plans.items()}
+
+    def make(path: str, base: Any, own: dict[str, Any], opposite: Any = lambda scale: scale) -> Any:
+        del path
+        if initial is not None:
+            base = LoRA(base, own["a"], own["b"], opposite(own["scale"]), taken=True)
+        return _operator(base, own, padded_ranks(own, choice), choice.rslora, choice.dropout)
+
+    def apply(params: Params, additions: Mapping[str, Any]) -> Params:
+        return wrap(params, additions, make)
+
+    def build(params: Params, additions: Mapping[str, Any]) -> Params:
+        begun = additions if initial is None else start(params, additions, initial)
+        params = wrap(params, begun, functools.partial(make, opposite=operator.neg))
+        return _measure(params, begun, magnitude=True)
+
+    return Transform(init, apply, build)
+
+
+def _low_rank_additions(path: str, base: Any, own: Plan) -> Specs:
+    specs = declare_factors(path, base, own.rank, own.scale)
+    return specs if own.adapted is None else only_layers(specs, own.adapted)
+
+
+def _dora_additions(path: str, base: Any, own: Plan) -> Specs:
+    if path == EMBEDDING or "expert" in base.axes:
         raise LlmtuneConfigError(
-            f"adapt.rank: {rank} does not fit {path}, a matrix of {n_in} x {n_out}; choose 1 to {min(n_in, n_out)}"
+            f"adapt.targets: DoRA adapts no embedding and no experts; leave {path} out, or use lora"
         )
-    return {
-        "a": ArraySpec((*lead, n_in, rank), (*lead_axes, in_axis, "rank"), init=uniform(n_in**-0.5)),
-        "b": ArraySpec((*lead, rank, n_out), (*lead_axes, "rank", out_axis)),
-        "scale": ArraySpec(tuple(lead), tuple(lead_axes), init=constant(scale)),
-    }
+    return {**_low_rank_additions(path, base, own), **_lengths(base)}
 
 
-def _wrap(params: Params, additions: Mapping[str, Any], ranks: Mapping[str, Any], rslora: bool) -> Params:
-    def wrap(path: tuple[Any, ...], weight: Any) -> Any:
-        name = path_name(path)
-        if name not in additions:
-            return weight
-        return LoRA(weight, **additions[name], ranks=ranks.get(name), rslora=rslora)
+def _lengths(base: Any) -> Specs:
+    columns = ArraySpec((*base.shape[:-2], base.shape[-1]), (*base.axes[:-2], base.axes[-1]))
+    return {"magnitude": columns, "square": columns}
 
-    return jax.tree_util.tree_map_with_path(wrap, params, is_leaf=is_operator)
+
+def _given(path: str, base: Any, given: Factors) -> Specs:
+    specs = declare_factors(path, base, given.a.shape[-1], 0.0)
+    if given.magnitude is not None:
+        specs["magnitude"] = _lengths(base)["magnitude"]
+    values = {name: getattr(given, name) for name in specs}
+    for name, spec in specs.items():
+        if values[name].shape != spec.shape:
+            raise LlmtuneFormatError(
+                f"adapter: {path} has {name} of shape {values[name].shape} where this model needs {spec.shape}; "
+                "it was made for another base model"
+            )
+    given_specs = {name: ArraySpec(spec.shape, spec.axes, init=values[name]) for name, spec in specs.items()}
+    return given_specs if given.magnitude is None else {**_lengths(base), **given_specs}
+
+
+def _operator(base: Any, own: Specs, ranks: tuple[int, ...] | None, rslora: bool, dropout: float) -> Any:
+    low = LoRA(base, own["a"], own["b"], own["scale"], ranks=ranks, rslora=rslora, dropout=dropout)  # type: ignore[arg-type]
+    return DoRA(low, own["magnitude"], own["square"]) if "magnitude" in own else low  # type: ignore[arg-type]
+
+
+def _measure(params: Params, additions: Mapping[str, Any], *, magnitude: bool) -> Params:
+    """DoRA's lengths from the weights; `magnitude`: those that train, too."""
+    return wrap(
+        params,
+        additions,
+        lambda path, weight, own: measured(weight, magnitude=magnitude) if isinstance(weight, DoRA) else weight,
+    )

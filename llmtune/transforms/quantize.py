@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.transforms.select import select
+from llmtune.transforms.select import EMBEDDING, select
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import FORMATS, NF4, ArraySpec, Quantized, is_operator, path_name
 
@@ -43,6 +43,8 @@ def quantize(base: str, *, double: bool = True, targets: str | Sequence[str] = "
 
 
 def _quantised(path: str, weight: Any, form: Callable[[ArraySpec], Quantized]) -> Quantized:
+    if path == EMBEDDING:
+        raise LlmtuneConfigError("quantize.targets: the embedding is looked up, not multiplied by; leave it out")
     if isinstance(weight, Quantized):
         raise LlmtuneConfigError(f"quantize.targets: {path} is quantised already; leave it out")
     if is_operator(weight):

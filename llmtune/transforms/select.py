@@ -5,7 +5,8 @@ A weight's path is its place in the parameter tree, `layers/0/attention/q/kernel
     layers                every matrix of the layers but routers, those of experts too
     all-linear            every matrix of the layers (the embedding, the head and experts excluded, as in peft)
     attention, mlp        those of one part of a block
-    lm_head               the head, where it is not tied to the embedding
+    experts               those of all experts
+    lm_head, embed_tokens the head and the embedding, where they are not tied
     q_proj, up_proj, ...  the names that peft users know
     any other text        a regular expression that matches somewhere in the path
 """
@@ -20,12 +21,15 @@ import jax
 from llmtune.errors import LlmtuneConfigError
 from llmtune.weights import is_operator, path_name
 
+EMBEDDING, HEAD = "embed/table", "head/kernel"
 NAMED_RULES = {
     "layers": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/|mlp/experts/.*)kernel$",
     "all-linear": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/)kernel$",
     "attention": r"^layers/.*/attention/.*kernel$",
     "mlp": r"^layers/.*/mlp/(gate|up|down)/kernel$",
+    "experts": r"^layers/.*/mlp/experts/(gate|up|down)/kernel$",
     "lm_head": r"^head/kernel$",
+    "embed_tokens": r"^embed/table$",
     **{f"{name}_proj": rf"/attention/{name}/kernel$" for name in "qkvo"},
     **{f"{name}_proj": rf"/mlp/{name}/kernel$" for name in ("gate", "up", "down")},
 }
@@ -37,15 +41,20 @@ def weights_by_path(params: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def select(params: Any, rules: str | Sequence[str], key: str = "adapt.targets") -> list[str]:
-    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error about `key`."""
-    matrices = [path for path in weights_by_path(params) if path.endswith("kernel")]
+def select(params: Any, rules: str | Sequence[str], *, key: str = "adapt.targets") -> list[str]:
+    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error that names `key`."""
+    weights = weights_by_path(params)
+    matrices = [path for path in weights if path.endswith("kernel") or path == EMBEDDING]
     chosen: set[str] = set()
     for rule in [rules] if isinstance(rules, str) else rules:
-        found = [path for path in matrices if _pattern(rule, key).search(path)]
+        pattern = _pattern(rule, key)
+        found = [path for path in matrices if pattern.search(path)]
+        if rule in ("lm_head", "embed_tokens") and HEAD not in weights:
+            raise LlmtuneConfigError(
+                f"{key}: {rule}: this model's head is tied to its embedding, and an adapter would part them; leave it out, "
+                "or set untie: true"
+            )
         if not found:
-            if rule == "lm_head":
-                raise LlmtuneConfigError(f"{key}: lm_head: this model's head is tied to its embedding; leave it out")
             known = [*NAMED_RULES, *matrices]
             nearest = ", ".join(difflib.get_close_matches(rule, known, n=3, cutoff=0.3) or list(NAMED_RULES)[:3])
             raise LlmtuneConfigError(f"{key}: {rule!r} matches no weight; nearest: {nearest}")

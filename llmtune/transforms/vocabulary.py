@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from llmtune.sharding import placed_by_compiler
-from llmtune.transforms.select import weights_by_path
+from llmtune.transforms.select import EMBEDDING, HEAD, weights_by_path
 from llmtune.transforms.transform import Params, Transform
-from llmtune.transforms.whole import EMBEDDING, HEAD
 from llmtune.weights import ArraySpec, normal, path_name
 
 AXES = {EMBEDDING: ("vocab", "embed"), HEAD: ("embed", "vocab")}

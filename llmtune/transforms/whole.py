@@ -16,11 +16,10 @@ import jax
 import numpy as np
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
-from llmtune.transforms.select import NAMED_RULES, weights_by_path
+from llmtune.transforms.select import EMBEDDING, HEAD, NAMED_RULES, weights_by_path
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import ArraySpec, Quantized, is_operator, path_name
 
-EMBEDDING, HEAD = "embed/table", "head/kernel"
 MODULES = {  # names that peft users know, as peft matches them: by the end of a module's name
     "embed_tokens": f"^{EMBEDDING}$",
     "lm_head": f"^{HEAD}$",
@@ -33,7 +32,7 @@ MODULES = {  # names that peft users know, as peft matches them: by the end of a
 }
 
 
-def select_whole(declared: Params, rules: Sequence[str]) -> tuple[str, ...]:
+def select_whole(declared: Params, rules: Sequence[str], *, key: str = "adapt.modules_to_save") -> tuple[str, ...]:
     """The paths of the weights that any rule names, in tree order. A rule that names none is an error.
 
     A tied head is its embedding: `lm_head` then means the table, which trains once and stays tied (peft's
@@ -46,10 +45,10 @@ def select_whole(declared: Params, rules: Sequence[str]) -> tuple[str, ...]:
         try:
             found = [path for path in paths if re.search(MODULES.get(own, own), path)]
         except re.error as error:
-            raise LlmtuneConfigError(f"adapt.modules_to_save: {rule!r} is not a regular expression ({error})") from None
+            raise LlmtuneConfigError(f"{key}: {rule!r} is not a regular expression ({error})") from None
         if not found or not rule:
             nearest = ", ".join(difflib.get_close_matches(rule, [*MODULES, *paths], n=3, cutoff=0.3) or MODULES)
-            raise LlmtuneConfigError(f"adapt.modules_to_save: {rule!r} names no weight; nearest: {nearest}")
+            raise LlmtuneConfigError(f"{key}: {rule!r} names no weight; nearest: {nearest}")
         chosen.update(found)
     return tuple(path for path in paths if path in chosen)
 

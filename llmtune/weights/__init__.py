@@ -2,16 +2,22 @@
 
 from collections.abc import Callable
 
+from llmtune.weights.adapters import LowRankValues, beneath, is_adapter, low_rank_values
 from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
+from llmtune.weights.dora import DoRA, measured
+from llmtune.weights.dropout import with_dropout_keys
+from llmtune.weights.ia3 import IA3
 from llmtune.weights.int4 import Int4
+from llmtune.weights.layers import join_shared, layer, map_stacked, split_shared
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
 from llmtune.weights.nf4 import NF4
 from llmtune.weights.operator import Operator, is_operator, map_fields
 from llmtune.weights.per_channel import Float8, Int8
-from llmtune.weights.quantized import Quantized, is_adapter
+from llmtune.weights.quantized import Quantized
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
+from llmtune.weights.vera import VeRA
 
 FORMATS: dict[str, Callable[[ArraySpec], Quantized]] = {
     "nf4": NF4.declare,
@@ -22,18 +28,23 @@ FORMATS: dict[str, Callable[[ArraySpec], Quantized]] = {
 
 __all__ = [
     "FORMATS",
+    "IA3",
     "NF4",
     "ArraySpec",
+    "DoRA",
     "Float8",
     "Initializer",
     "Int4",
     "Int8",
     "LoRA",
+    "LowRankValues",
     "Operator",
     "Quantized",
     "Tied",
+    "VeRA",
     "Weight",
     "add_bias",
+    "beneath",
     "constant",
     "dense",
     "embed_lookup",
@@ -41,12 +52,19 @@ __all__ = [
     "head_loss",
     "is_adapter",
     "is_operator",
+    "join_shared",
+    "layer",
     "linear",
+    "low_rank_values",
     "map_fields",
+    "map_stacked",
     "materialize",
+    "measured",
     "normal",
     "path_name",
     "shardings",
+    "split_shared",
     "unembed",
     "uniform",
+    "with_dropout_keys",
 ]

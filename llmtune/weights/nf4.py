@@ -31,7 +31,9 @@ LEVELS = np.array(  # quantiles of the normal distribution, zero among them, sca
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
 )  # fmt: skip
-SMALLEST = float(np.finfo(np.float32).tiny)  # a block of zeros is divided by this; what is smaller counts as zero on devices
+SMALLEST = float(
+    np.finfo(np.float32).tiny
+)  # a block of zeros is divided by this; what is smaller counts as zero on devices
 
 
 def dynamic_levels() -> np.ndarray:

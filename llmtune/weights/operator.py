@@ -16,6 +16,7 @@ class Operator(abc.ABC):
     """What every weight operator does. Subclasses are frozen dataclasses registered as pytree nodes, and final."""
 
     trainable: ClassVar[tuple[str, ...]] = ()  # the fields that training may change; all others stay frozen
+    shared: ClassVar[tuple[str, ...]] = ()  # the fields that have no layer axis: one array serves all layers of a stack
 
     @abc.abstractmethod
     def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -36,6 +37,11 @@ class Operator(abc.ABC):
     def apply_transposed(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """`unembed`: x [batch, seq, out] times the transpose of this weight [in, out]."""
         raise TypeError(f"{type(self).__name__} has no product with its transpose")
+
+    def with_key(self, key: jax.Array) -> "Operator":
+        """The same weight for one training step: operators with dropout take the key (see `llmtune.weights.dropout`)."""
+        del key
+        return self
 
     @property
     @abc.abstractmethod

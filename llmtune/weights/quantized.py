@@ -96,11 +96,6 @@ class Quantized(Operator):
         return jax.tree.map(gather, self)
 
 
-def is_adapter(weight: Any) -> bool:
-    """Whether something on top of a base trains: an operator that is not merely a way of keeping a matrix."""
-    return isinstance(weight, Operator) and not isinstance(weight, Quantized)
-
-
 def _decoded(stored: Quantized, dtype: Any) -> jax.Array:
     """The matrices [..., in, out] in this dtype, laid out as the codes are."""
     decode = _over_leading(lambda own: own.decode_one().astype(dtype), stored.codes.ndim - 2)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
@@ -121,14 +121,12 @@ def test_on_eight_devices(base, tmp_path):
 
 
 OTHER_METHODS = {  # as peft itself writes them -> the field that says so
-    "DoRA": ({"use_dora": True}, "use_dora is True"),
     "biases": ({"bias": "all"}, "bias is 'all'"),
     "a LoRA bias": ({"lora_bias": True}, "lora_bias is True"),
     "trained tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices is [3]"),
     "repeated layers": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication is [[0, 2], [1, 3]]"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; it changed the base's weights too"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'; it changed the base's weights too"),
-    "IA3": (IA3Config(task_type="CAUSAL_LM"), "peft_type is 'IA3'"),
     "prompt tuning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "peft_type is 'PROMPT_TUNING'"),
 }
 
@@ -162,7 +160,7 @@ def test_every_field_of_peft_is_accounted_for():
 WRONG_FIELDS = {
     "peft_type": None, "fan_in_fan_out": True, "use_qalora": True, "a_field_of_tomorrow": {"strength": 2}, "r": 0,
     "lora_alpha": "16", "rank_pattern": {"q_proj": 2.5}, "alpha_pattern": {"(": 1}, "init_lora_weights": ["pissa"],
-    "target_parameters": ["x"], "kasa_config": {"beta": 1}, "use_bdlora": {"nblocks": 2}, "a\nline": 1,
+    "use_dora": 1.5, "kasa_config": {"beta": 1}, "use_bdlora": {"nblocks": 2}, "a\nline": 1,
 }  # fmt: skip
 
 
@@ -195,7 +193,7 @@ DAMAGES = {
     "one side": (lambda t: t.pop(KEY), "has only lora_B"),
     "another base": (lambda t: t.update({KEY: t[KEY][:, :-1].copy()}), "made for another base model"),
     "another rank": (lambda t: t.update({k: first_two_ranks(k, v) for k, v in t.items()}), "declared with rank 4"),
-    "an embedding": (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[KEY]}), "is no LoRA factor"),
+    "an embedding": (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[KEY]}), "has only lora_A"),
     "another module": (lambda t: t.update({KEY.replace("layers.1", "layers.9"): t[KEY].copy()}), "does not have"),
     "nothing": (lambda t: t.clear(), "holds no tensors"),
 }  # fmt: skip

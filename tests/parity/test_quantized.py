@@ -61,7 +61,9 @@ def test_the_rounding_of_the_mean_is_the_only_difference_there_can_be(shape, dty
     weight = ours(matrix)
     np.testing.assert_array_equal(codes_of(weight), codes)
     np.testing.assert_allclose(weight.offset, state.offset.numpy(), rtol=2e-7)
-    assert (np.asarray(weight.absmax).T.reshape(-1) != state.absmax.numpy()).mean() < 1e-4  # a tie, moved by that rounding
+    assert (
+        np.asarray(weight.absmax).T.reshape(-1) != state.absmax.numpy()
+    ).mean() < 1e-4  # a tie, moved by that rounding
     blocks = (shape[0], shape[1] // 64)
     with_their_mean = NF4(
         weight.codes,

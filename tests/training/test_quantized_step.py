@@ -79,7 +79,9 @@ def traced(config, transform, remat, **options):
 def test_no_dense_copy_of_a_quantised_stack_is_kept_and_no_frozen_gradient_formed(remat):
     program = traced(SMALL, qlora("nf4"), remat)
     stacks = {(SMALL.num_hidden_layers, *shape) for shape in MATRICES}
-    kept = {tuple(out.aval.shape) for e, _ in program for out in e.outvars if jnp.issubdtype(out.aval.dtype, jnp.floating)}
+    kept = {
+        tuple(out.aval.shape) for e, _ in program for out in e.outvars if jnp.issubdtype(out.aval.dtype, jnp.floating)
+    }
     assert not kept & stacks
     dots = {tuple(e.outvars[0].aval.shape) for e, _ in program if e.primitive.name == "dot_general"}
     assert not {shape for shape in dots if shape in MATRICES or shape[::-1] in MATRICES}
@@ -91,7 +93,9 @@ def dot_flops(program):
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            total += times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+            total += (
+                times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+            )
     return total
 
 

@@ -11,12 +11,17 @@ from tests.weights.test_doors import EIGHT, SINGLE, mesh, place, random, run  # 
 
 FORMS = {**FORMATS, "nf4, absmax float32": lambda matrix: NF4.declare(matrix, double=False)}
 OTHERS = [form if form == "nf4" else pytest.param(form, marks=pytest.mark.nightly) for form in FORMATS]
-FARTHEST = {"nf4": 0.16, "int4": 1 / 14, "int8": 1 / 254, "fp8": 1 / 28}  # half of the widest step, of the largest number
+FARTHEST = {
+    "nf4": 0.16,
+    "int4": 1 / 14,
+    "int8": 1 / 254,
+    "fp8": 1 / 28,
+}  # half of the widest step, of the largest number
 
 
-def encoded(form, mesh, matrix, *axes):
+def encoded(form, devices, matrix, *axes):
     like = FORMS[form](ArraySpec(matrix.shape, axes))
-    return jax.jit(like.encode)(place(mesh, matrix, *axes))
+    return jax.jit(like.encode)(place(devices, matrix, *axes))
 
 
 @pytest.mark.parametrize("n_in", [128, 160], ids=["whole blocks", "a block filled up"])
@@ -99,7 +104,9 @@ def test_eight_devices_hold_the_same_codes_as_one():
 
 def test_nothing_of_a_quantised_matrix_trains():
     weight = FORMATS["nf4"](ArraySpec((64, 8), (None, None))).encode(jnp.asarray(random(64, 8)))
-    trainable, frozen = partition({"q": weight, "v": LoRA(weight, jnp.ones((64, 2)), jnp.ones((2, 8)), jnp.ones(()))}, adapters)
+    trainable, frozen = partition(
+        {"q": weight, "v": LoRA(weight, jnp.ones((64, 2)), jnp.ones((2, 8)), jnp.ones(()))}, adapters
+    )
     assert {leaf.shape for leaf in jax.tree.leaves(trainable)} == {(64, 2), (2, 8)}
     assert len(jax.tree.leaves(frozen)) == 9
 

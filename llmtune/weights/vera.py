@@ -1,0 +1,75 @@
+"""VeRA: random projections that all layers share, and two small vectors that train (Kopiczko et al. 2024, arXiv:2310.11454).
+
+    W x  -->  W x + B' diag(d) A' x, B' = diag(b) B      here:  x @ base + ((x @ a) * inner) @ b * outer      (equation 2)
+
+`a` and `b` are as large as the largest adapted matrix; each weight uses their first rows and columns. They have no layer axis:
+one array serves all layers and all matrices, and is closed over, not scanned.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from llmtune.sharding import spec
+from llmtune.weights.doors import Weight, contract, linear
+from llmtune.weights.dropout import drop
+from llmtune.weights.gather import gather
+from llmtune.weights.materialized import dense
+from llmtune.weights.operator import Operator
+
+
+@final
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VeRA(Operator):
+    """base [..., in, out]; a [>= in, rank] and b [rank, >= out], frozen and shared; inner [..., rank]; outer [..., out]."""
+
+    base: Weight
+    a: jax.Array
+    b: jax.Array
+    inner: jax.Array
+    outer: jax.Array
+    key: jax.Array | None = None
+    dropout: float = field(default=0.0, metadata={"static": True})
+
+    trainable: ClassVar[tuple[str, ...]] = ("inner", "outer")
+    shared: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def apply(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """X @ base + ((x @ a) * inner) @ b * outer."""
+        n_in, n_out = self.shape[-2:]
+        a = jax.sharding.reshard(self.a[:n_in].astype(x.dtype), PartitionSpec(jax.typeof(x).sharding.spec[-1], None))
+        b = jax.sharding.reshard(self.b[:, :n_out].astype(x.dtype), PartitionSpec(None, spec(out_axes[-1])[0]))
+        low = contract(drop(x, self.key, self.dropout), a, "io", (*out_axes[:-1], "act_rank"))
+        low = checkpoint_name(low, "low_rank") * gather(self.inner).astype(x.dtype)
+        outer = gather(self.outer).astype(x.dtype)
+        return linear(x, self.base, out_axes) + contract(low, b, "io", out_axes) * outer
+
+    def dense(self) -> jax.Array:
+        """Base + (a * inner) @ b * outer, in float32."""
+        n_in, n_out = self.shape[-2:]
+        product = jnp.matmul(
+            self.a[:n_in] * self.inner[..., None, :], self.b[:, :n_out], precision=jax.lax.Precision.HIGHEST
+        )
+        return dense(self.base) + product * self.outer[..., None, :]
+
+    def with_key(self, key: jax.Array) -> "VeRA":
+        """A key for each layer of the stack."""
+        if self.dropout == 0:
+            return self
+        layers = self.inner.shape[:-1]
+        return replace(self, key=jax.random.split(key, layers) if layers else key)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., in, out], that of the base."""
+        return tuple(self.base.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Those of the base."""
+        return self.base.axes  # type: ignore[union-attr]

@@ -98,6 +98,18 @@ def load_params(
     return jax.tree_util.tree_map_with_path(load, declared, layouts, is_leaf=is_operator)
 
 
+def stored_matrices(weights: Weights, config: ModelConfig) -> Fetch:
+    """Our path and a place in its stack -> the matrix [in, out] as it is stored."""
+    by_place = {(tensor.path, tensor.index): tensor for tensor in tensors(config)}
+
+    def fetch(path: str, place: tuple[int, ...]) -> np.ndarray:
+        tensor = by_place[path, place]
+        array = weights.read_slice(tensor.name, tuple(slice(0, size) for size in tensor.shape))
+        return array.T if tensor.transposed else array
+
+    return fetch
+
+
 def save_directory(
     path: Path,
     fetch: Fetch,

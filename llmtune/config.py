@@ -72,6 +72,10 @@ class Quantize:
         "layers (all matrices of the layers, experts too), or as adapt.targets; the embedding is never quantised",
         "layers",
     )
+    merge_into: Literal["dequantized", "original"] = key(
+        "what the exported model's adapter is merged into: the numbers it trained on, or those of the base as stored",
+        "dequantized",
+    )
 
 
 @dataclass(frozen=True)

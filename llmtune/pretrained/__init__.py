@@ -16,10 +16,10 @@ names and file formats.
 from llmtune.pretrained.adapter_files import Finding, base_of, check_adapter, combine_adapter_files, resize_adapter
 from llmtune.pretrained.adapters import LoadedAdapter, as_exported, fit_to_adapter, load_adapter, save_adapter
 from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert
-from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save
+from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save, stored_matrices
 
 __all__ = [
     "LAYOUTS", "Converted", "Finding", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "base_of",
     "check_adapter", "combine_adapter_files", "conversion_plan", "convert", "fit_to_adapter", "load", "load_adapter",
-    "open_source", "resize_adapter", "save", "save_adapter",
+    "open_source", "resize_adapter", "save", "save_adapter", "stored_matrices",
 ]  # fmt: skip

@@ -28,7 +28,17 @@ from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import resize_vocabulary, weights_by_path, without_vocabulary_axis
-from llmtune.weights import Quantized, dense, is_operator, layer, map_stacked, materialize, shardings
+from llmtune.weights import (
+    Quantized,
+    dense,
+    has_codes,
+    is_operator,
+    layer,
+    map_stacked,
+    materialize,
+    on_another_base,
+    shardings,
+)
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
@@ -182,13 +192,15 @@ def save(
     *,
     dtype: str | None = None,
     tokenizer: Path | None = None,
+    base: hf_weights.Fetch | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
     """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
-    `complete` puts into the directory what else belongs there, before it appears.
+    `base`: where the matrices come from that adapters on quantised bases are merged into (`stored_matrices`); None: what the
+    codes decode to. `complete` puts into the directory what else belongs there, before it appears.
     """
 
     def finish(directory: Path) -> None:
@@ -198,7 +210,7 @@ def save(
 
     hf_weights.save_directory(
         path,
-        fetch_from(weights_by_path(params)),
+        fetch_from(weights_by_path(params), base),
         source.config,
         source.hf_config,
         source.directory,
@@ -210,24 +222,34 @@ def save(
     )
 
 
-def fetch_from(weights: Mapping[str, Any]) -> hf_weights.Fetch:
-    """(path, layer) -> the dense matrix on the host."""
+def fetch_from(weights: Mapping[str, Any], base: hf_weights.Fetch | None = None) -> hf_weights.Fetch:
+    """(path, place in the stack) -> the dense matrix on the host; for `base` see `save`."""
 
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
         if len(place) == 2:
             weight = map_stacked(lambda leaf: _expert(leaf, place), weight)
-            return np.asarray(dense(weight)) if is_operator(weight) else weight
-        if place:
+        elif place:
             weight = layer(weight, place[0])
+        if base is not None and has_codes(weight):
+            weight = on_another_base(jax.tree.map(on_host, weight), base(name, place))
         return on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch
 
 
-def on_host(array: jax.Array) -> np.ndarray:
+def stored_matrices(source: Source) -> hf_weights.Fetch:
+    """The matrices as they lie in the source's files, one at a time."""
+    if source.directory is None:
+        raise LlmtuneConfigError(
+            f"{source.name}: a preset has no stored weights to merge into; merge into the dequantised"
+        )
+    return hf_weights.stored_matrices(_weights(source, source.config), source.config)
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(jax.device_get(array))
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

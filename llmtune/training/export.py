@@ -26,11 +26,12 @@ def export_run(
     *,
     adapted: bool,
     whole: Sequence[str] = (),
+    base: Any = None,
 ) -> dict[str, Path]:
     """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
     The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
-    of weights that trained in whole beside the adapter, which therefore belong to it.
+    of weights that trained in whole beside the adapter, which therefore belong to it. `base`: see `pretrained.save`.
     """
     written = {"model": directory / "model"} | ({"adapter": directory / "adapter"} if adapted else {})
     for path in written.values():
@@ -45,7 +46,7 @@ def export_run(
         complete(partial)
         write_ends(partial, data.end_ids, known=tokenizer is None)
 
-    pretrained.save(written["model"], params, source, tokenizer=tokenizer, complete=complete_model)
+    pretrained.save(written["model"], params, source, tokenizer=tokenizer, base=base, complete=complete_model)
     if adapted:
         pretrained.save_adapter(written["adapter"], params, source, whole=whole, tokenizer=tokenizer, complete=complete)
     return written

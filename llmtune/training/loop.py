@@ -19,6 +19,7 @@ from llmtune.training.display import Display, step_status
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
+from llmtune.training.merging import merge_base, report_merge
 from llmtune.training.processes import is_first, wait_for_all, written_once
 from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
@@ -68,7 +69,12 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
                 params = combine(state.trainable, program.frozen)
                 adapted = has_adapter(run.adapt)
                 with written_once(directory.export) as export:
-                    exports = export_run(export, params, source, vocabulary, data, adapted=adapted, whole=program.whole)
+                    exports = export_run(
+                        export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
+                        base=merge_base(run, source),
+                    )  # fmt: skip
+                if run.quantize is not None:
+                    session.note(merge=report_merge(run, source, params, program, data, exports["model"], display))
         summary = Summary(directory.path, steps, before, after, exports)
         if is_first():
             write_report(directory.path)

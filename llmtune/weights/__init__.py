@@ -14,7 +14,7 @@ from llmtune.weights.materialized import dense
 from llmtune.weights.nf4 import NF4
 from llmtune.weights.operator import Operator, is_operator, map_fields
 from llmtune.weights.per_channel import Float8, Int8
-from llmtune.weights.quantized import Quantized
+from llmtune.weights.quantized import Quantized, has_codes, on_another_base
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
 from llmtune.weights.vera import VeRA
@@ -49,6 +49,7 @@ __all__ = [
     "dense",
     "embed_lookup",
     "expert_linear",
+    "has_codes",
     "head_loss",
     "is_adapter",
     "is_operator",
@@ -61,6 +62,7 @@ __all__ = [
     "materialize",
     "measured",
     "normal",
+    "on_another_base",
     "path_name",
     "shardings",
     "split_shared",

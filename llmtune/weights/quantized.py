@@ -112,6 +112,21 @@ def _over_leading(function: Any, axes: int) -> Any:
     return function
 
 
+def has_codes(weight: Any) -> bool:
+    """Whether anything in a weight, or in a tree of them, is quantised."""
+    leaves = jax.tree.leaves(weight, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return any(isinstance(leaf, Quantized) for leaf in leaves)
+
+
+def on_another_base(weight: Any, matrix: Any) -> Any:
+    """The weight with this matrix in the place of the codes that it stands on: LoRA(NF4, a, b) -> LoRA(matrix, a, b)."""
+    return jax.tree.map(
+        lambda leaf: matrix if isinstance(leaf, Quantized) else leaf,
+        weight,
+        is_leaf=lambda leaf: isinstance(leaf, Quantized),
+    )
+
+
 def rows_of(matrix: ArraySpec, rows: int, dtype: str) -> ArraySpec:
     """The declaration of codes: `rows` of them along the matrix's `in`; they are cut only where the matrix may be, too."""
     (*lead, inner, outer) = matrix.pieces or matrix.shape

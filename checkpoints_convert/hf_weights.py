@@ -13,12 +13,12 @@ from checkpoints_convert.companions import copy_companions
 from checkpoints_convert.hf_config import model_config_to_hf
 from checkpoints_convert.hf_multimodal import carried, stored_names, text_tower
 from checkpoints_convert.hf_names import Tensor, tensors
-from checkpoints_convert.placing import place
+from checkpoints_convert.placing import place, place_encoded
 from checkpoints_convert.safetensors_reader import Described, WeightDirectory, Weights, open_directory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
-from llmtune.weights import path_name
+from llmtune.weights import Quantized, is_operator, path_name
 
 STORED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype("float16"))  # float64 would come back narrowed
 SHARD_BYTES = 5_000_000_000
@@ -64,19 +64,42 @@ def open_weights(directory: Path, config: ModelConfig) -> WeightDirectory:
 
 
 def load_params(
-    weights: Weights, config: ModelConfig, layouts: Any, *, dtype: str | None, progress: Progress = lambda done: None
+    weights: Weights,
+    config: ModelConfig,
+    declared: Any,
+    layouts: Any,
+    *,
+    dtype: str | None,
+    progress: Progress = lambda done: None,
 ) -> Any:
-    """The parameter tree laid out as `layouts` (a NamedSharding per weight); each device's part is read from disk by itself."""
+    """The parameter tree laid out as `layouts` (a NamedSharding per array); each device's part is read from disk by itself.
+
+    Where a weight is declared as quantised, its layers are encoded as they are read.
+    """
     check_tensors(weights, config)
     by_path: dict[str, list[Tensor]] = {}
     for tensor in tensors(config):
         by_path.setdefault(tensor.path, []).append(tensor)
 
-    def load(path: tuple[Any, ...], layout: jax.sharding.NamedSharding) -> jax.Array:
+    def load(path: tuple[Any, ...], weight: Any, layout: Any) -> Any:
         parts = by_path[path_name(path)]
+        if isinstance(weight, Quantized):
+            return place_encoded(weights, parts, weight, layout, _dtype(weights, parts, None), progress)
         return place(weights, parts, layout, _dtype(weights, parts, dtype), progress)
 
-    return jax.tree_util.tree_map_with_path(load, layouts)
+    return jax.tree_util.tree_map_with_path(load, declared, layouts, is_leaf=is_operator)
+
+
+def stored_matrices(weights: Weights, config: ModelConfig) -> Fetch:
+    """Our path and a place in its stack -> the matrix [in, out] as it is stored."""
+    by_place = {(tensor.path, tensor.index): tensor for tensor in tensors(config)}
+
+    def fetch(path: str, place: tuple[int, ...]) -> np.ndarray:
+        tensor = by_place[path, place]
+        array = weights.read_slice(tensor.name, tuple(slice(0, size) for size in tensor.shape))
+        return array.T if tensor.transposed else array
+
+    return fetch
 
 
 def save_directory(

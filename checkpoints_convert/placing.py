@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints_convert.hf_names import Tensor
 from checkpoints_convert.safetensors_reader import Slices, Weights
+from llmtune.weights import Quantized
 
 PIECE = 8 * 1024 * 1024  # bytes on the host at a time
 Bounds = tuple[tuple[int, int], ...]
@@ -56,6 +58,53 @@ def place(
         array = _writer(layout)(array, put(piece), tuple(np.int32(start) for start, _ in piece))
         jax.block_until_ready(array)
     return array
+
+
+def place_encoded(
+    weights: Weights,
+    parts: Sequence[Tensor],
+    declared: Quantized,
+    layouts: Quantized,
+    dtype: np.dtype,
+    progress: Progress,
+) -> Quantized:
+    """The same weight, kept as codes: each layer is placed, encoded and written into the stack before the next is read.
+
+    `declared`: its fields (`ArraySpec`), `layouts`: theirs. Beside the codes, one layer of this one weight is held.
+    """
+    if parts[0].layer is None:
+        return _encoder(declared, layouts)(place(weights, parts, layouts.matrix_layout, dtype, progress))
+    stack = jax.tree.map(lambda spec, own: _empty(spec.shape, spec.dtype, own), declared, layouts)
+    layout = layouts.matrix_layout
+    one_layer = NamedSharding(layout.mesh, PartitionSpec(*layout.spec[1:]))
+    for layer, of_layer in itertools.groupby(parts, key=lambda part: part.layer):
+        matrix = place(weights, [replace(part, layer=None) for part in of_layer], one_layer, dtype, progress)
+        stack = _layer_encoder(declared, layouts)(stack, matrix, layer)
+        jax.block_until_ready(stack)
+    return stack
+
+
+@functools.lru_cache(maxsize=64)
+def _encoder(declared: Quantized, layouts: Quantized) -> Callable[..., Quantized]:
+    return jax.jit(declared.encode, out_shardings=layouts)
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_encoder(declared: Quantized, layouts: Quantized) -> Callable[..., Quantized]:
+    """(stack of codes, one layer's matrix, which layer) -> the stack with its codes in place, in the same memory."""
+
+    def insert(stack: jax.Array, new: jax.Array, layer: jax.Array, layout: NamedSharding) -> jax.Array:
+        write = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+        inner, none = PartitionSpec(*layout.spec[1:]), PartitionSpec()
+        return jax.shard_map(write, mesh=layout.mesh, in_specs=(layout.spec, inner, none), out_specs=layout.spec)(
+            stack, new, layer
+        )
+
+    def encode(stack: Quantized, matrix: jax.Array, layer: jax.Array) -> Quantized:
+        codes = declared.encode(matrix)
+        return jax.tree.map(lambda own, new, layout: insert(own, new, layer, layout), stack, codes, layouts)
+
+    return jax.jit(encode, donate_argnums=0)
 
 
 def _slices(layout: NamedSharding, full: tuple[int, ...]) -> dict[tuple[int, ...], list]:

@@ -64,6 +64,22 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """The frozen base kept in few bits; absent: as it is stored. Takes an adapter, which is what trains."""
+
+    base: Literal["nf4", "int4", "int8", "fp8"] = key("how each number is kept; see docs/quantization.md", "nf4")
+    double: bool = key("nf4: the blocks' magnitudes in 8 bits too (4.13 bits per number instead of 4.5)", True)
+    targets: str | list[str] = key(
+        "layers (all matrices of the layers, experts too), or as adapt.targets; the embedding is never quantised",
+        "layers",
+    )
+    merge_into: Literal["dequantized", "original"] = key(
+        "what the exported model's adapter is merged into: the numbers it trained on, or those of the base as stored",
+        "dequantized",
+    )
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """How gradients become updates."""
 
@@ -132,6 +148,7 @@ class Run:
     adapt: Adapt | None = key(
         "a parameter transform, or a list of them; absent: full fine-tuning", None, methods=METHODS
     )
+    quantize: Quantize | None = key("the base in few bits; absent: as stored", None)
     optimizer: Optimizer = key("optimizer", Optimizer())
     train: Train = key("training", Train())
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
@@ -192,6 +209,13 @@ def check(run: Run) -> None:
         "optimizer.clip_norm",
         "must be positive, or null for none",
     )
+    if run.quantize is not None:
+        require(
+            run.adapt is not None,
+            "quantize",
+            "a quantised base does not train; give an adapter (adapt), or leave it out",
+        )
+        require(bool(run.quantize.targets), "quantize.targets", "no target is given")
     check_adapt(run.adapt, require)
     require(
         not added or all(section.from_ is None for section in sections(run.adapt)),

@@ -114,11 +114,13 @@ class Model:
         """A merged Hugging Face directory. dtype None: each tensor's dtype on disk, however it was loaded."""
         if dtype is not None:
             _check_dtype(dtype)
-        pretrained.save(Path(path), self.params, self.source, dtype=dtype)
+        with jax.set_mesh(self.mesh):
+            pretrained.save(Path(path), self.params, self.source, dtype=dtype)
 
     def save_adapter(self, path: str | Path) -> None:
         """A PEFT directory: adapter_config.json + adapter_model.safetensors."""
-        pretrained.save_adapter(Path(path), self.params, self.source, whole=self.whole)
+        with jax.set_mesh(self.mesh):
+            pretrained.save_adapter(Path(path), self.params, self.source, whole=self.whole)
 
 
 def load(

@@ -5,6 +5,7 @@ params = load(source, declared, mesh, strategy)   straight into shardings, tenso
 save(path, params, source)                        a Hugging Face directory, merged
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -28,7 +29,17 @@ from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy, placed_by_compiler
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import refuse_without_dense, resize_vocabulary, weights_by_path, without_vocabulary_axis
-from llmtune.weights import dense, is_operator, layer, map_stacked, materialize, shardings
+from llmtune.weights import (
+    Quantized,
+    dense,
+    has_codes,
+    is_operator,
+    layer,
+    map_stacked,
+    materialize,
+    on_another_base,
+    shardings,
+)
 
 Progress = Callable[[int], None]  # called with the bytes that were read or written since the last call
 
@@ -142,7 +153,10 @@ def load(
     seed: int = 0,
     progress: Progress = lambda done: None,
 ) -> Any:
-    """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`."""
+    """The weights of a source, in `dtype` (None: as stored), each device holding its shard. Presets draw from `seed`.
+
+    What `declared` declares as quantised is encoded from the stored numbers, layer by layer.
+    """
     if source.untied:
         tied = replace(source, config=replace(source.config, tie_word_embeddings=True), untied=False)
         without = {**declared, "head": {**declared["head"], "kernel": None}}
@@ -151,18 +165,33 @@ def load(
             head = jax.jit(placed_by_compiler(jnp.transpose, "embed", "vocab"))(params["embed"]["table"])
         return {**params, "head": {**params["head"], "kernel": head}}
     if source.directory is None:
-        params = materialize(declared, jax.random.key(seed), mesh, strategy)
-        return params if dtype in (None, "float32") else jax.tree.map(lambda x: x.astype(dtype), params)
-    layouts = shardings(declared, mesh, strategy)
+        return _drawn(declared, mesh, strategy, dtype, seed)
     if source.resize is None:
-        return hf_weights.load_params(
-            _weights(source, source.config), source.config, layouts, dtype=dtype, progress=progress
-        )
+        layouts = shardings(declared, mesh, strategy)
+        weights = _weights(source, source.config)
+        return hf_weights.load_params(weights, source.config, declared, layouts, dtype=dtype, progress=progress)
     stored = replace(source.config, vocab_size=source.resize.stored)
     back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})
-    layouts = shardings(without_vocabulary_axis(back), mesh, strategy)
-    params = hf_weights.load_params(_weights(source, stored), stored, layouts, dtype=dtype, progress=progress)
+    loose = without_vocabulary_axis(back)
+    layouts = shardings(loose, mesh, strategy)
+    weights = _weights(source, stored)
+    params = hf_weights.load_params(weights, stored, loose, layouts, dtype=dtype, progress=progress)
     return _resized(params, back, source, mesh, strategy, seed)
+
+
+def _drawn(declared: Any, mesh: Mesh, strategy: Strategy, dtype: str | None, seed: int) -> Any:
+    """Random weights; a quantised one is drawn as its matrix would be, and encoded before the next is drawn."""
+    key = jax.random.key(seed)
+    arrays = jax.tree.map(lambda w: None if is_operator(w) else w, declared, is_leaf=is_operator)
+    given = materialize(arrays, key, mesh, strategy)
+
+    def finish(path: tuple[Any, ...], weight: Any, array: Any) -> Any:
+        if not isinstance(weight, Quantized):
+            return array if dtype in (None, "float32") else array.astype(dtype)
+        alone = functools.reduce(lambda inner, step: {step.key: inner}, reversed(path), weight.matrix)
+        return jax.jit(weight.encode)(*jax.tree.leaves(materialize(alone, key, mesh, strategy)))
+
+    return jax.tree_util.tree_map_with_path(finish, declared, given, is_leaf=is_operator)
 
 
 def _weights(source: Source, config: ModelConfig) -> Weights:
@@ -191,13 +220,16 @@ def save(
     *,
     dtype: str | None = None,
     tokenizer: Path | None = None,
+    base: hf_weights.Fetch | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
     progress: Progress = lambda done: None,
 ) -> None:
     """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
 
     Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
-    `complete` puts into the directory what else belongs there, before it appears. What cannot be merged is refused.
+    `base`: where the matrices come from that adapters on quantised bases are merged into (`stored_matrices`); None: what the
+    codes decode to. `complete` puts into the directory what else belongs there, before it appears. What cannot be merged
+    is refused.
     """
     refuse_without_dense(params)
 
@@ -208,7 +240,7 @@ def save(
 
     hf_weights.save_directory(
         path,
-        fetch_from(weights_by_path(params)),
+        fetch_from(weights_by_path(params), base),
         source.config,
         source.hf_config,
         source.directory,
@@ -220,24 +252,34 @@ def save(
     )
 
 
-def fetch_from(weights: Mapping[str, Any]) -> hf_weights.Fetch:
-    """(path, layer) -> the dense matrix on the host."""
+def fetch_from(weights: Mapping[str, Any], base: hf_weights.Fetch | None = None) -> hf_weights.Fetch:
+    """(path, place in the stack) -> the dense matrix on the host; for `base` see `save`."""
 
     def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
         weight = weights[name]
         if len(place) == 2:
             weight = map_stacked(lambda leaf: _expert(leaf, place), weight)
-            return np.asarray(dense(weight)) if is_operator(weight) else weight
-        if place:
+        elif place:
             weight = layer(weight, place[0])
+        if base is not None and has_codes(weight):
+            weight = on_another_base(jax.tree.map(on_host, weight), base(name, place))
         return on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch
 
 
-def on_host(array: jax.Array) -> np.ndarray:
+def stored_matrices(source: Source) -> hf_weights.Fetch:
+    """The matrices as they lie in the source's files, one at a time."""
+    if source.directory is None:
+        raise LlmtuneConfigError(
+            f"{source.name}: a preset has no stored weights to merge into; merge into the dequantised"
+        )
+    return hf_weights.stored_matrices(_weights(source, source.config), source.config)
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(jax.device_get(array))
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

@@ -27,13 +27,14 @@ def export_run(
     *,
     adapted: bool,
     whole: Sequence[str] = (),
+    base: Any = None,
 ) -> dict[str, Path]:
     """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
     Where the adapter cannot be merged there is no model, and what would lie beside it lies with the adapter.
 
     The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
-    of weights that trained in whole beside the adapter, which therefore belong to it.
+    of weights that trained in whole beside the adapter, which therefore belong to it. `base`: see `pretrained.save`.
     """
     paths = {"model": directory / "model", "adapter": directory / "adapter"}
     for path in paths.values():
@@ -57,7 +58,7 @@ def export_run(
         )
 
     if merged:
-        pretrained.save(paths["model"], params, source, tokenizer=tokenizer, complete=complete_model)
+        pretrained.save(paths["model"], params, source, tokenizer=tokenizer, base=base, complete=complete_model)
     if adapted:
         home = tokenizer if merged else tokenizer or source.tokenizer_directory
         finish = complete if merged else complete_alone

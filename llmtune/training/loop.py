@@ -12,7 +12,6 @@ from llmtune.config import Run
 from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report
-from llmtune.models.decoder import declare
 from llmtune.sharding import Devices
 from llmtune.training.announcements import Summary, conclude, describe
 from llmtune.training.checkpoint import Checkpoints
@@ -20,6 +19,7 @@ from llmtune.training.display import Display, step_status
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
+from llmtune.training.merging import merge_base, report_merge
 from llmtune.training.processes import is_first, wait_for_all, written_once
 from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
@@ -27,7 +27,7 @@ from llmtune.training.state import TrainState
 from llmtune.training.step import Metrics
 from llmtune.training.tracking import open_trackers
 from llmtune.training.vocabulary import settle_vocabulary
-from llmtune.training.weights import choose_layout
+from llmtune.training.weights import choose_layout, declare_base
 from llmtune.transforms import combine
 
 
@@ -42,7 +42,7 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
         data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
 
-        _, declared = declare(source.config)
+        _, declared = declare_base(run, source.config)
         mesh, strategy = choose_layout(run.sharding, declared, devices)
         directory = claim(run, data.digest, source.digest)
 
@@ -69,7 +69,12 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
                 params = combine(state.trainable, program.frozen)
                 adapted = has_adapter(run.adapt)
                 with written_once(directory.export) as export:
-                    exports = export_run(export, params, source, vocabulary, data, adapted=adapted, whole=program.whole)
+                    exports = export_run(
+                        export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
+                        base=merge_base(run, source),
+                    )  # fmt: skip
+                if run.quantize is not None:
+                    session.note(merge=report_merge(run, source, params, program, data, exports["model"], display))
         summary = Summary(directory.path, steps, before, after, exports)
         if is_first():
             write_report(directory.path)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
@@ -29,7 +30,7 @@ from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState, init_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
-from llmtune.training.weights import prepare_weights
+from llmtune.training.weights import Weights, prepare_weights
 
 HEAD_CHUNK = {"cpu": 32}  # tokens of a row whose logits are held at a time: on a CPU they should stay in its caches
 OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
@@ -76,8 +77,16 @@ def build_program(
 
     The state is not kept in the program: it is donated step by step, and a resumed run needs no second copy.
     """
-    multiple = row_multiple(run, mesh, strategy)
+    row_multiple(run, mesh, strategy)  # refuses before anything is read
     weights = prepare_weights(run, source, mesh, strategy, progress)
+    program, optimizer = assemble(run, weights, steps, mesh, strategy)
+    return program, init_state(weights.trainable, optimizer)
+
+
+def assemble(
+    run: Run, weights: Weights, steps: int, mesh: Mesh, strategy: Strategy
+) -> tuple[Program, optax.GradientTransformation]:
+    """The program of these weights, and its optimizer. They may be abstract, for compiling ahead of time."""
     schedule = make_schedule(run.optimizer, steps)
     optimizer = make_optimizer(run.optimizer, schedule, learning_rates(sections(run.adapt)))
     bind = functools.partial(
@@ -96,11 +105,11 @@ def build_program(
         weights.frozen,
         make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches, run.train.seed),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
-        multiple,
+        row_multiple(run, mesh, strategy),
         weights.whole,
         weights.virtual_tokens,
     )
-    return program, init_state(weights.trainable, optimizer)
+    return program, optimizer
 
 
 def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:

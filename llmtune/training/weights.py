@@ -10,12 +10,13 @@ from llmtune.adapt_config import sections
 from llmtune.config import Run, Sharding, require_room
 from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
+from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
 from llmtune.training.adapting import choose_transform
-from llmtune.transforms import partition
+from llmtune.transforms import Params, partition, quantize
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,20 @@ def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | N
     return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy), devices), strategy
 
 
+def declare_base(run: Run, config: ModelConfig) -> tuple[Any, Params]:
+    """The decoder's (graphdef, declared parameters), quantised where the run says so: what is loaded, and laid out."""
+    graphdef, declared = declare(config)
+    if run.quantize is None:
+        return graphdef, declared
+    own = quantize(run.quantize.base, double=run.quantize.double, targets=run.quantize.targets)
+    return graphdef, own.apply(declared, own.init(declared))
+
+
 def prepare_weights(
     run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
 ) -> Weights:
     """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
-    graphdef, declared = declare(source.config)
+    graphdef, declared = declare_base(run, source.config)
     adapt = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
     virtual = LanguageModel(graphdef, adapt.declared).decoder().virtual_tokens()
     if virtual:

@@ -10,6 +10,7 @@ from llmtune.transforms.lora import Factors, dora, lora, lora_from
 from llmtune.transforms.low_rank import LowRank
 from llmtune.transforms.merge import merge, not_mergeable, refuse_without_dense
 from llmtune.transforms.partition import adapters, combine, everything, partition
+from llmtune.transforms.quantize import quantize
 from llmtune.transforms.select import EMBEDDING, HEAD, select, weights_by_path
 from llmtune.transforms.slots import fill, slots
 from llmtune.transforms.transform import Params, Transform, build, chain, full, identity
@@ -20,10 +21,10 @@ from llmtune.transforms.whole import given_whole, select_whole, train_whole
 
 __all__ = [
     "COMBINATIONS", "EMBEDDING", "HEAD", "INITIAL", "Factors", "Gains", "LowRank", "Params", "Projections", "Transform",
-    "Vectors", "adapters", "bank_of", "build", "chain", "change_rank", "choose_rows", "combine", "combine_adapters", "dora",
-    "everything", "fill", "full", "fusion_from", "fusion_of", "given_whole", "ia3", "ia3_from", "identity", "lora",
-    "lora_from", "merge", "not_mergeable", "olora", "p_tuning", "parallel_adapters", "parallel_from", "partition", "pissa",
-    "prefix_from", "prefix_tuning", "prompt_from", "prompt_tuning", "refuse_without_dense", "resize_vocabulary", "select",
-    "select_whole", "sequential_adapters", "sequential_from", "slots", "train_whole", "vera", "vera_from",
-    "weights_by_path", "without_vocabulary_axis",
+    "Vectors", "adapters", "bank_of", "build", "chain", "change_rank", "choose_rows", "combine", "combine_adapters",
+    "dora", "everything", "fill", "full", "fusion_from", "fusion_of", "given_whole", "ia3", "ia3_from", "identity",
+    "lora", "lora_from", "merge", "not_mergeable", "olora", "p_tuning", "parallel_adapters", "parallel_from",
+    "partition", "pissa", "prefix_from", "prefix_tuning", "prompt_from", "prompt_tuning", "quantize",
+    "refuse_without_dense", "resize_vocabulary", "select", "select_whole", "sequential_adapters", "sequential_from",
+    "slots", "train_whole", "vera", "vera_from", "weights_by_path", "without_vocabulary_axis",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 A weight's path is its place in the parameter tree, `layers/0/attention/q/kernel`. A rule is one of
 
+    layers                every matrix of the layers but routers, those of experts too
     all-linear            every matrix of the layers (the embedding, the head and experts excluded, as in peft)
     attention, mlp        those of one part of a block
     experts               those of all experts
@@ -22,6 +23,7 @@ from llmtune.weights import is_operator, path_name
 
 EMBEDDING, HEAD = "embed/table", "head/kernel"
 NAMED_RULES = {
+    "layers": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/|mlp/experts/.*)kernel$",
     "all-linear": r"^layers/.*/(attention/.*|mlp/(gate|up|down)/)kernel$",
     "attention": r"^layers/.*/attention/.*kernel$",
     "mlp": r"^layers/.*/mlp/(gate|up|down)/kernel$",

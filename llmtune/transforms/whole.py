@@ -18,7 +18,7 @@ import numpy as np
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.select import EMBEDDING, HEAD, NAMED_RULES, weights_by_path
 from llmtune.transforms.transform import Params, Transform
-from llmtune.weights import ArraySpec, is_operator, path_name
+from llmtune.weights import ArraySpec, Quantized, is_operator, path_name
 
 MODULES = {  # names that peft users know, as peft matches them: by the end of a module's name
     "embed_tokens": f"^{EMBEDDING}$",
@@ -97,6 +97,10 @@ def _at(params: Params, changes: Mapping[str, Any]) -> Params:
 
 
 def _as_master(path: str, weight: Any) -> Any:
+    if isinstance(weight, Quantized):
+        raise LlmtuneConfigError(
+            f"adapt.modules_to_save: {path} is quantised, and codes do not train; leave it out of quantize.targets"
+        )
     if is_operator(weight):
         raise LlmtuneConfigError(
             f"adapt.modules_to_save: {path} is among adapt.targets too; a weight trains in whole or by an adapter"

@@ -65,7 +65,11 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     """
     if isinstance(w, Operator):
         return w.expert_apply(x, group_sizes, out_axes)
-    w = gather(w.astype(x.dtype))
+    return expert_contract(x, gather(w.astype(x.dtype)), group_sizes, out_axes)
+
+
+def expert_contract(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+    """`expert_linear` with a gathered array, each device multiplying what it sorted for itself."""
     rows, matrices, sizes = (jax.typeof(array).sharding.spec for array in (x, w, group_sizes))
     summed = matrices[1]
 

@@ -1,0 +1,54 @@
+"""Quantisation as a transform: the selected matrices kept as codes, frozen.
+
+    {"q": {"kernel": W}}   -->   {"q": {"kernel": NF4(codes, absmax, ...)}}
+
+`apply` maps declarations to declarations, from which everything follows (shardings, memory, and loading: `pretrained.load`
+encodes each layer as it is read, so that the 16-bit matrices never exist together), and arrays to their codes.
+An adapter goes on top: `chain(quantize("nf4"), lora(rank=16, alpha=32))` is QLoRA.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from llmtune.errors import LlmtuneConfigError
+from llmtune.transforms.select import EMBEDDING, select
+from llmtune.transforms.transform import Params, Transform
+from llmtune.weights import FORMATS, NF4, ArraySpec, Quantized, is_operator, path_name
+
+
+def quantize(base: str, *, double: bool = True, targets: str | Sequence[str] = "layers") -> Transform:
+    """`base`: nf4, int4, int8 or fp8; `double`: nf4's magnitudes in 8 bits. A leaf that is quantised already is an error."""
+    if base not in FORMATS:
+        raise LlmtuneConfigError(f"quantize.base: {base!r} is no format; there are {', '.join(FORMATS)}")
+    form = functools.partial(NF4.declare, double=double) if base == "nf4" else FORMATS[base]
+
+    def init(declared: Params) -> dict[str, Any]:
+        apply(declared, {})  # refuses before anything is read
+        return {}
+
+    def apply(params: Params, additions: Any) -> Params:
+        del additions
+        chosen = set(select(params, targets, key="quantize.targets"))
+
+        def change(path: tuple[Any, ...], weight: Any) -> Any:
+            name = path_name(path)
+            return _quantised(name, weight, form) if name in chosen else weight
+
+        return jax.tree_util.tree_map_with_path(change, params, is_leaf=is_operator)
+
+    return Transform(init, apply)
+
+
+def _quantised(path: str, weight: Any, form: Callable[[ArraySpec], Quantized]) -> Quantized:
+    if path == EMBEDDING:
+        raise LlmtuneConfigError("quantize.targets: the embedding is looked up, not multiplied by; leave it out")
+    if isinstance(weight, Quantized):
+        raise LlmtuneConfigError(f"quantize.targets: {path} is quantised already; leave it out")
+    if is_operator(weight):
+        raise LlmtuneConfigError(f"quantize.targets: {path} carries an adapter; quantise first, then adapt")
+    if isinstance(weight, ArraySpec):
+        return form(weight)
+    return form(ArraySpec(weight.shape, (None,) * weight.ndim)).encode(weight)

@@ -45,7 +45,7 @@ BATCH, SEQ, STEPS = 8, 16, 2
 def setting(strategy):
     if strategy is None:
         return make_mesh({}, jax.devices()[:1]), REPLICATED
-    axes = {"fsdp": {"fsdp": 8}, "tensor": {"fsdp": 4, "tensor": 2}, "expert": {"fsdp": 2, "tensor": 4}}[strategy]
+    axes = {"fsdp": {"fsdp": 8}, "tensor": {"fsdp": 4, "tensor": 2}, "expert": {"fsdp": 4, "tensor": 2}}[strategy]
     return make_mesh(axes), load_strategy(strategy, configs_directory() / "strategies")
 
 

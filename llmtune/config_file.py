@@ -58,7 +58,12 @@ for _tag, _pattern, _first in (
 
 
 class StrictDumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or `StrictLoader` would read as something else, such as 1e-5."""
+    """Quotes every text that YAML 1.1 or `StrictLoader` would read as something else, such as 1e-5; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Two sections may share a default, which is written out for each."""
+        del data
+        return True
 
 
 StrictDumper.yaml_implicit_resolvers = {

@@ -304,7 +304,7 @@ def test_a_wrong_override_is_one_line(refusal, overrides, said):
 
 
 def test_what_is_written_reads_back_equal(load):
-    several = load(MINIMAL, "--adapt=[{rank: 3}, {targets: mlp}]")
+    several = load(MINIMAL, "--adapt=[{rank: 3, layers: [0]}, {targets: mlp}]")
     for run in (load(MINIMAL), load(EXAMPLE), several, load(MINIMAL, "--adapt.from=dir", "--optimizer.clip_norm=null")):
         assert load(dump_run(run)) == run
     assert "from: dir" in dump_run(run) and "clip_norm: null" in dump_run(run)

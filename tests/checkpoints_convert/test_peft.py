@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
@@ -127,7 +127,7 @@ OTHER_METHODS = {  # as peft itself writes them -> the field that says so
     "repeated layers": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication is [[0, 2], [1, 3]]"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; it changed the base's weights too"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'; it changed the base's weights too"),
-    "prompt tuning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "peft_type is 'PROMPT_TUNING'"),
+    "LoHa": (LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), "peft_type is 'LOHA'"),
 }
 
 

@@ -120,7 +120,12 @@ def on_one_device(method):
     return graphdef, base, *train_step(graphdef, params, mesh, REPLICATED, steps=2)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+BY_NIGHT = ("p-tuning", "pfeiffer", "prefix and lora")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.nightly) if name in BY_NIGHT else name for name in METHODS]
+)
 def test_a_step_moves_the_adapter_alone(method):
     graphdef, base, log_probs, before, after = on_one_device(method)
     moved = jax.tree.map(lambda b, a: bool(np.any(np.asarray(b) != np.asarray(a))), before, after)
@@ -151,7 +156,7 @@ def test_eight_devices_with_explicit_axes_and_remat(method):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), spread_after, after)
 
 
-@pytest.mark.parametrize("method", ["prefix tuning", "parallel"])
+@pytest.mark.parametrize("method", [pytest.param("prefix tuning", marks=pytest.mark.nightly), "parallel"])
 def test_mixtures_of_experts(method):
     mesh = make_mesh({}, jax.devices()[:1])
     graphdef, _, params = adapted(MIXTURE, METHODS[method], mesh, REPLICATED)

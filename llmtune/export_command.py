@@ -1,7 +1,8 @@
-"""`llmtune export`: will a server take an adapter, and the adapter in a form that it takes.
+"""`llmtune export`: will a server take an adapter, and adapters and models in a form that it takes.
 
 llmtune export ADAPTER --check vllm
 llmtune export ADAPTER --pad-rank 16 --output DIR
+llmtune export RUN --quantize fp8 --output DIR
 llmtune export ONE OTHER --combine ties --weights 0.7,0.3 --output DIR
 """
 
@@ -18,11 +19,14 @@ def add_export(commands: Any) -> None:
     """The parser of the command."""
     export = commands.add_parser(
         "export",
-        help="check an adapter for vLLM, change its rank, or combine several",
+        help="check an adapter for vLLM, change its rank, combine several; a model in 8 bits",
         description="PEFT adapters as files: whether vLLM loads one and what to change, one rank for all modules, arithmetic.",
     )
     export.add_argument(
-        "adapters", metavar="ADAPTER", nargs="+", help="a PEFT directory, or a run directory of llmtune"
+        "adapters",
+        metavar="ADAPTER",
+        nargs="+",
+        help="a PEFT directory, or a run of llmtune; with --quantize, a model or a run",
     )
     export.add_argument(
         "--check", choices=("vllm",), default=None, help="say whether it loads there, and what to change"
@@ -47,16 +51,24 @@ def add_export(commands: Any) -> None:
     export.add_argument(
         "--model", default=None, metavar="MODEL", help="the base model; default: the one that ADAPTER names"
     )
-    export.add_argument("--output", default=None, metavar="DIR", help="where the adapter is written")
+    export.add_argument(
+        "--quantize",
+        choices=("int8", "fp8"),
+        default=None,
+        help="of a model or a run: its merged model in 8 bits, in the compressed-tensors layout of vLLM and transformers",
+    )
+    export.add_argument("--output", default=None, metavar="DIR", help="where the adapter, or the model, is written")
     export.set_defaults(run=run_export)
 
 
 def run_export(options: argparse.Namespace) -> int:
     """Carry the command out; 1 where --check finds something in the way."""
+    if options.quantize is not None:
+        return _quantize(options)
     paths = [_adapter(Path(path)) for path in options.adapters]
     wanted = [name for name in ("check", "pad_rank", "compress_rank", "combine") if getattr(options, name) is not None]
     if len(wanted) != 1:
-        raise LlmtuneConfigError("export: give one of --check, --pad-rank, --compress-rank and --combine")
+        raise LlmtuneConfigError("export: give one of --check, --pad-rank, --compress-rank, --combine and --quantize")
     if wanted == ["check"]:
         return _check(paths)
     if options.output is None:
@@ -93,6 +105,23 @@ def _check(paths: list[Path]) -> int:
         verdict = "vLLM will not serve it as it is" if any(one.blocks for one in found) else "vLLM loads it"
         print("\n".join([f"{path}: {verdict}", *(f"  {one.what}: {one.mend}" for one in found)]))
     return 1 if blocked else 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from llmtune import pretrained
+
+    others = [name for name in ("check", "pad_rank", "compress_rank", "combine") if getattr(options, name) is not None]
+    if others or len(options.adapters) > 1:
+        raise LlmtuneConfigError("export: --quantize takes one model or run, and no other option but --output")
+    if options.output is None:
+        raise LlmtuneConfigError("export: --output is missing; give a directory that does not exist yet")
+    path, output = Path(options.adapters[0]), Path(options.output)
+    model = path / "export" / "model" if (path / "export" / "model").is_dir() else path
+    if not (model / "config.json").is_file():
+        raise LlmtuneConfigError(f"export: {path} is no model (it has no config.json); give a model, or a finished run")
+    matrices = pretrained.export_quantized(model, output, options.quantize)
+    print(f"model: {output} ({matrices} matrices in {options.quantize}, one scale per output; compressed-tensors)")
+    return 0
 
 
 def _adapter(path: Path) -> Path:

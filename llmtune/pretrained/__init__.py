@@ -10,6 +10,7 @@ names and file formats.
     load_adapter(path, config)                        a transform that adds it, and what it brings in whole
     save_adapter(path, params, source)                a PEFT directory
     check_adapter(path), resize_adapter, combine_adapter_files      PEFT directories as files
+    export_quantized(source, target, "fp8")           8 bits, in the compressed-tensors layout
     convert(source, target, plan)                     between Hugging Face's, Meta's and Mistral's layouts
 """
 
@@ -23,11 +24,12 @@ from llmtune.pretrained.adapters import (
     save_adapter,
 )
 from llmtune.pretrained.added import read_branches
-from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert
+from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert, export_quantized
 from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save, stored_matrices
 
 __all__ = [
     "LAYOUTS", "Converted", "Finding", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "base_of",
-    "check_adapter", "combine_adapter_files", "conversion_plan", "convert", "fit_to_adapter", "load", "load_adapter",
-    "open_source", "read_branches", "read_factors", "resize_adapter", "save", "save_adapter", "stored_matrices",
+    "check_adapter", "combine_adapter_files", "conversion_plan", "convert", "export_quantized", "fit_to_adapter",
+    "load", "load_adapter", "open_source", "read_branches", "read_factors", "resize_adapter", "save",
+    "save_adapter", "stored_matrices",
 ]  # fmt: skip

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints_convert import compressed_tensors, layouts
 from checkpoints_convert import convert as conversion
-from checkpoints_convert import layouts
 from checkpoints_convert.safetensors_reader import read_json
 from llmtune.pretrained.source import Progress, Source, open_source
 from llmtune.shipped import resolve
@@ -57,3 +57,8 @@ def convert(
 
 def _opened(own: layouts.Opened) -> Source:
     return Source(str(own.path), own.config, own.hf, own.path, opened=own.weights)
+
+
+def export_quantized(source: Path, target: Path, scheme: str, progress: Progress = lambda done: None) -> int:
+    """A Hugging Face directory in 8 bits (int8, fp8), as vLLM and transformers read it; gives the matrices so kept."""
+    return compressed_tensors.quantise_directory(source, target, scheme, progress)

@@ -6,6 +6,7 @@ from llmtune.transforms.bottleneck import parallel_adapters, parallel_from, sequ
 from llmtune.transforms.fusion import fusion_from, fusion_of
 from llmtune.transforms.ia3 import Gains, ia3, ia3_from
 from llmtune.transforms.initial import INITIAL, olora, pissa
+from llmtune.transforms.loftq import loftq
 from llmtune.transforms.lora import Factors, dora, lora, lora_from
 from llmtune.transforms.low_rank import LowRank
 from llmtune.transforms.merge import merge, not_mergeable, refuse_without_dense
@@ -23,8 +24,8 @@ __all__ = [
     "COMBINATIONS", "EMBEDDING", "HEAD", "INITIAL", "Factors", "Gains", "LowRank", "Params", "Projections", "Transform",
     "Vectors", "adapters", "bank_of", "build", "chain", "change_rank", "choose_rows", "combine", "combine_adapters",
     "dora", "everything", "fill", "full", "fusion_from", "fusion_of", "given_whole", "ia3", "ia3_from", "identity",
-    "lora", "lora_from", "merge", "not_mergeable", "olora", "p_tuning", "parallel_adapters", "parallel_from",
-    "partition", "pissa", "prefix_from", "prefix_tuning", "prompt_from", "prompt_tuning", "quantize",
-    "refuse_without_dense", "resize_vocabulary", "select", "select_whole", "sequential_adapters", "sequential_from",
-    "slots", "train_whole", "vera", "vera_from", "weights_by_path", "without_vocabulary_axis",
+    "loftq", "lora", "lora_from", "merge", "not_mergeable", "olora", "p_tuning", "parallel_adapters",
+    "parallel_from", "partition", "pissa", "prefix_from", "prefix_tuning", "prompt_from", "prompt_tuning",
+    "quantize", "refuse_without_dense", "resize_vocabulary", "select", "select_whole", "sequential_adapters",
+    "sequential_from", "slots", "train_whole", "vera", "vera_from", "weights_by_path", "without_vocabulary_axis",
 ]  # fmt: skip

@@ -1,0 +1,93 @@
+"""LoftQ: codes and factors found together, so that the adapted model begins near the 16-bit one (Li et al. 2023).
+
+    {"q": {"kernel": W}}   -->   {"q": {"kernel": LoRA(Q, a, b, scale)}}        Q + scale a b ~ W, where NF4 alone is Q ~ W
+
+Alternating, as algorithm 1 of arXiv:2310.08659 has it: quantise what the factors leave of W, then take the largest singular
+values of what the codes leave of it. It needs the 16-bit matrices, so it takes arrays, one stack at a time; a base that is
+encoded while it loads has them no longer.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmtune.errors import LlmtuneConfigError
+from llmtune.transforms.low_rank import LowRank, declare_factors, plan, wrap
+from llmtune.transforms.select import weights_by_path
+from llmtune.transforms.transform import Params, Transform
+from llmtune.weights import FORMATS, ArraySpec, LoRA, Quantized, is_operator
+
+Found = tuple[Quantized, jax.Array, jax.Array]
+
+
+def loftq(
+    base: str, *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", iterations: int = 1
+) -> Transform:
+    """`base`: nf4, int4, int8 or fp8. More iterations rarely pay beyond 5."""
+    if base not in FORMATS:
+        raise LlmtuneConfigError(f"loftq: {base!r} is no format; there are {', '.join(FORMATS)}")
+    if iterations < 1:
+        raise LlmtuneConfigError(f"loftq: {iterations} iterations; 1 or more are needed")
+    form = FORMATS[base]
+
+    def init(declared: Params) -> dict[str, Any]:
+        plans, weights = plan(declared, LowRank(rank, alpha, targets)), weights_by_path(declared)
+        return {
+            path: declare_factors(path, _stored(path, weights[path]), rank, own.scale) for path, own in plans.items()
+        }
+
+    def apply(params: Params, additions: Mapping[str, Any]) -> Params:
+        return wrap(params, additions, lambda path, weight, own: LoRA(form(_stored(path, weight)), **own))
+
+    def build(params: Params, additions: Mapping[str, Any]) -> Params:
+        def make(path: str, weight: jax.Array, own: Mapping[str, Any]) -> LoRA:
+            del path
+            codes, a, b = _begin(form(ArraySpec(weight.shape, (None,) * weight.ndim)), weight, own, rank, iterations)
+            return LoRA(codes, a, b, own["scale"])
+
+        return wrap(params, additions, make)
+
+    return Transform(init, apply, build)
+
+
+def _stored(path: str, weight: Any) -> Any:
+    if is_operator(weight):
+        raise LlmtuneConfigError(f"loftq: {path} is quantised or adapted already; it needs the stored matrix")
+    return weight
+
+
+def _begin(like: Quantized, weight: jax.Array, own: Mapping[str, Any], rank: int, iterations: int) -> Found:
+    """Codes and factors of a stack, laid out as its matrix and its factors are."""
+    layouts = tuple(jax.typeof(own[name]).sharding.spec for name in ("a", "b"))
+    find = functools.partial(alternate, rank=rank, iterations=iterations)
+    for _ in range(weight.ndim - 2):
+        find = _each(find)
+    factors = jax.sharding.auto_axes(functools.partial(find, like.encode_one), out_sharding=(*layouts, _spec(weight)))
+    a, b, rest = jax.jit(factors)(weight.astype(jnp.float32), own["scale"])
+    return jax.jit(like.encode)(rest), a, b
+
+
+def alternate(
+    encode: Any, w: jax.Array, scale: jax.Array, *, rank: int, iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One float32 matrix [in, out] -> a [in, rank], b [rank, out], and the matrix whose codes are the base."""
+    rest = w
+    for left in reversed(range(iterations)):
+        u, values, v = jnp.linalg.svd(w - encode(rest).decode_one(), full_matrices=False)
+        root = jnp.sqrt(values[:rank])
+        a, b = u[:, :rank] * root, root[:, None] * v[:rank]
+        if left:
+            rest = w - jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    share = jax.lax.rsqrt(scale)
+    return a * share, b * share, rest
+
+
+def _each(find: Any) -> Any:
+    return lambda encode, w, scale: jax.lax.map(lambda pair: find(encode, *pair), (w, scale))
+
+
+def _spec(weight: jax.Array) -> Any:
+    return jax.typeof(weight).sharding.spec

@@ -27,7 +27,8 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, default_mesh, load_strategy, make_mesh, put
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
-from llmtune.transforms import Transform, build, chain
+from llmtune.transforms import Transform, build, chain, identity
+from llmtune.transforms import quantize as in_few_bits
 from llmtune.weights import materialize, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,18 +125,26 @@ class Model:
 
 
 def load(
-    path: str | Path, *, adapters: Sequence[str | Path] = (), dtype: str | None = "float32", strategy: str | None = None
+    path: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    dtype: str | None = "float32",
+    strategy: str | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """A Hugging Face directory, a preset with random weights, or a run directory of llmtune; PEFT adapters on top, in order.
 
     dtype None keeps each tensor as stored and computes in the embedding's dtype. strategy None uses one device; a name
-    (`fsdp`, `tensor`) spreads the model over all devices.
+    (`fsdp`, `tensor`) spreads the model over all devices. `quantize` (nf4, int4, int8, fp8) keeps the layers' matrices in few
+    bits, encoded as they are read; the base of a run is kept as it was trained on.
     """
     if dtype is not None:
         _check_dtype(dtype)
     if isinstance(adapters, (str, Path)):
         adapters = [adapters]
-    base, own = _run_directory(Path(path)) or (str(path), [])
+    base, own, kept = _run_directory(Path(path)) or (str(path), [], identity)
+    if quantize is not None:
+        kept = in_few_bits(quantize)
     source, on_top = pretrained.open_source(base), [*own, *adapters]
     for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
         source = pretrained.fit_to_adapter(source, adapter)
@@ -143,6 +152,7 @@ def load(
     for adapter in adapters:
         source = pretrained.fit_to_adapter(source, adapter)
     graphdef, declared = declare(source.config)
+    declared = kept.apply(declared, kept.init(declared))
     loaded = [pretrained.load_adapter(adapter, source.config) for adapter in on_top]
     mesh, table = _layout(strategy, declared)
     home = source.tokenizer_directory
@@ -228,8 +238,8 @@ def divides(declared: Any, mesh: Mesh, strategy: Strategy) -> bool:
     return True
 
 
-def _run_directory(path: Path) -> tuple[str, list[Path]] | None:
-    """(base model, adapters) of a finished run of llmtune; None for any other directory."""
+def _run_directory(path: Path) -> tuple[str, list[Path], Transform] | None:
+    """(base model, adapters, how the base is kept) of a finished run of llmtune; None for any other directory."""
     if not (path / "config.yaml").is_file() or (path / "config.json").exists():
         return None
     model, adapter = path / "export" / "model", path / "export" / "adapter"
@@ -238,10 +248,13 @@ def _run_directory(path: Path) -> tuple[str, list[Path]] | None:
             f"{path}: this run has no export yet; let it finish (the same train command resumes it)"
         )
     if not adapter.is_dir():
-        return str(model), []
+        return str(model), [], identity
     from llmtune.config_file import load_run
 
-    return load_run(path / "config.yaml", ()).model, [adapter]
+    run = load_run(path / "config.yaml", ())
+    own = run.quantize
+    kept = identity if own is None else in_few_bits(own.base, double=own.double, targets=own.targets)
+    return run.model, [adapter], kept
 
 
 def _rows(name: str, value: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:

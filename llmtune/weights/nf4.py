@@ -137,7 +137,13 @@ def _quantise_magnitudes(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     nested = jnp.abs(rest).max(axis=1)
     scaled = rest / jnp.maximum(nested, SMALLEST)[:, None]
     steps = jnp.floor((scaled + 1) * (GRID / 2) + 0.5).astype(jnp.int32)
-    codes = jnp.searchsorted(grid_thresholds(), steps, side="right", method="compare_all").astype(jnp.uint8)
+    thresholds = jnp.asarray(grid_thresholds())
+    codes = jax.lax.fori_loop(  # one threshold at a time: comparing with all at once would take 255 numbers for each
+        0,
+        len(thresholds),
+        lambda n, code: code + (steps >= thresholds[n]).astype(jnp.uint8),
+        jnp.zeros_like(steps, jnp.uint8),
+    )
     return codes.reshape(-1)[: blocks * n_out].reshape(n_out, blocks).T, nested, offset
 
 

@@ -116,9 +116,23 @@ def test_the_merged_export_says_what_it_was_merged_into_and_what_that_moved(stor
     base = stored if into == "original" else np.asarray(like.dense()).T
     merged = load_file(tmp_path / "run/export/model/model.safetensors")[name]
     np.testing.assert_allclose(merged, base + 2.0 * b @ a, atol=2e-6)
+    trained, exported = (llmtune.load(own) for own in (tmp_path / "run", tmp_path / "run/export/model"))
+    tokens = np.arange(3, 67)[None]
+    gap = np.abs(trained.logits(tokens) - exported.logits(tokens)).max()  # a run's base is kept as it trained
+    assert (gap < 1e-3) == (into == "dequantized"), gap
     moved = said["logits"]
     assert (moved["largest"] < 1e-3) == (into == "dequantized"), moved  # float32 on disk: nothing but rounding
     assert moved["tokens"] > 0 and moved["kl"] >= 0
+
+
+@pytest.mark.parametrize("base", ["nf4", pytest.param("fp8", marks=pytest.mark.nightly)])
+def test_a_model_is_loaded_in_few_bits_and_saved_as_what_it_decodes_to(stories, tmp_path, base):
+    model = llmtune.load(stories, quantize=base)
+    tokens = np.arange(3, 67)[None]
+    logits, whole = model.logits(tokens), llmtune.load(stories).logits(tokens)
+    assert 1e-3 < np.abs(logits - whole).mean() / np.abs(whole).mean() < 0.15
+    model.save(tmp_path / "decoded")
+    np.testing.assert_allclose(llmtune.load(tmp_path / "decoded").logits(tokens), logits, atol=1e-4)
 
 
 def refused(directory, model, rows, **sections):

@@ -54,13 +54,12 @@ class DoRA(Adapter):
     def _gain(self, dtype: jnp.dtype, out_axis: str | None) -> jax.Array:
         """Magnitude / |V|, [out]. A layer of the stack that is not adapted (its scale is zero) keeps its columns."""
         scale = self.low.scale
-        a, b = (jax.lax.stop_gradient(gather(own)) for own in (self.low.a, self.low.b))
+        a, b = (jax.lax.stop_gradient(gather(own)) for own in (self.low.a, self.low.b))  # all of |V| that could train
         axes = (None, None, out_axis)
         across = linear(a.T[None].astype(dtype), self.base, axes)[0].astype(jnp.float32)
         within = linear(contract(a.T[None], a, "io", (None, None, "act_rank")), b, axes)[0]
         squares = gather(self.square) + (b * (2 * scale * across + scale**2 * within)).sum(axis=0)
-        norm = jax.lax.stop_gradient(jnp.sqrt(squares))
-        return jnp.where(scale == 0, 1.0, gather(self.magnitude) / norm).astype(dtype)
+        return jnp.where(scale == 0, 1.0, gather(self.magnitude) / jnp.sqrt(squares)).astype(dtype)
 
     def dense(self) -> jax.Array:
         """Magnitude * V / |V|, in float32."""

@@ -20,7 +20,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["dora", *(pytest.param(own, marks=pytest.mark.nightly) for own in ("ia3", "vera"))])
 def test_it_follows_peft_from_the_same_adapter(stories, batches, tmp_path, method):
     torch.manual_seed(0)
     fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(stories), METHODS[method])

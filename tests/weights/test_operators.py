@@ -175,6 +175,8 @@ def test_dropout_follows_from_the_key_and_is_off_without_one(name):
     np.testing.assert_array_equal(out(one), out(same))
     assert np.abs(out(one) - out(other)).max() > 0.1
     assert out(one).mean() == pytest.approx(out(plain).mean(), abs=0.2)
+    both = with_dropout_keys({"q": weight, "k": weight}, jax.random.key(0))
+    assert np.abs(out(both["q"]) - out(both["k"])).max() > 0.1
     keys = np.asarray(jax.random.key_data((one.low if name == "dora" else one).key))
     assert len(keys) == LAYERS and len(np.unique(keys, axis=0)) == LAYERS
 

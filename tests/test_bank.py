@@ -42,7 +42,7 @@ def alone(base, adapters):
     return {None: llmtune.load(base), **{n: llmtune.load(base, adapters=[p]) for n, p in adapters.items()}}
 
 
-@pytest.mark.parametrize("strategy", [None, "fsdp"])
+@pytest.mark.parametrize("strategy", [None, pytest.param("fsdp", marks=pytest.mark.nightly)])
 def test_each_row_is_served_as_if_alone(base, adapters, alone, strategy):
     bank = llmtune.load_bank(base, adapters, strategy=strategy)
     expected = np.stack([alone[name].logits(TOKENS[k : k + 1])[0] for k, name in enumerate(CHOSEN)])

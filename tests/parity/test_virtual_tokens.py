@@ -57,7 +57,15 @@ def base(tmp_path_factory):
 NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix", "p-tuning", pytest.param("a projected prefix", marks=NIGHTLY)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prompt",
+        "prefix",
+        pytest.param("p-tuning", marks=NIGHTLY),
+        pytest.param("a projected prefix", marks=NIGHTLY),
+    ],
+)
 def test_peft_and_llmtune_read_each_other(base, tmp_path, method):
     adapter = make_adapter(base, tmp_path / "theirs", method)
     model, expected = llmtune.load(base, adapters=[adapter]), peft_logits(base, adapter)
@@ -67,7 +75,7 @@ def test_peft_and_llmtune_read_each_other(base, tmp_path, method):
     np.testing.assert_allclose(peft_logits(base, tmp_path / "ours"), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("method", [pytest.param("prompt", marks=NIGHTLY), "prefix"])
 def test_greedy_completions_are_those_of_peft(base, tmp_path, method):
     adapter = make_adapter(base, tmp_path / "adapter", method)
     prompt, model = torch.tensor(TOKENS[:, :9]), llmtune.load(base, adapters=[adapter])
@@ -87,7 +95,7 @@ WINDOWED, PATTERN, WIDE = "mistral with a window", "ministral, interleaved windo
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        (PATTERN, "prefix"),
+        pytest.param(PATTERN, "prefix", marks=NIGHTLY),
         pytest.param(PATTERN, "prompt", marks=NIGHTLY),
         pytest.param(WINDOWED, "prefix", marks=NIGHTLY),
         pytest.param(WINDOWED, "prompt", marks=NIGHTLY),

@@ -120,7 +120,7 @@ def on_one_device(method):
     return graphdef, base, *train_step(graphdef, params, mesh, REPLICATED, steps=2)
 
 
-BY_NIGHT = ("p-tuning", "pfeiffer", "prefix and lora")
+BY_NIGHT = ("p-tuning", "pfeiffer", "parallel", "prefix and lora")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_step_moves_the_adapter_alone(method):
         np.testing.assert_allclose(log_probs, expected, atol=1e-6)  # compiled apart
 
 
-BY_DAY = ("prefix tuning", "houlsby")
+BY_DAY = ("prefix tuning",)
 
 
 @pytest.mark.parametrize(

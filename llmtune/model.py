@@ -27,8 +27,7 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, default_mesh, load_strategy, make_mesh, put
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
-from llmtune.transforms import Transform, build, chain, identity
-from llmtune.transforms import quantize as in_few_bits
+from llmtune.transforms import Transform, build, chain, identity, quantize
 from llmtune.weights import materialize, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -125,26 +124,19 @@ class Model:
 
 
 def load(
-    path: str | Path,
-    *,
-    adapters: Sequence[str | Path] = (),
-    dtype: str | None = "float32",
-    strategy: str | None = None,
-    quantize: str | None = None,
+    path: str | Path, *, adapters: Sequence[str | Path] = (), dtype: str | None = "float32", strategy: str | None = None
 ) -> Model:
     """A Hugging Face directory, a preset with random weights, or a run directory of llmtune; PEFT adapters on top, in order.
 
     dtype None keeps each tensor as stored and computes in the embedding's dtype. strategy None uses one device; a name
-    (`fsdp`, `tensor`) spreads the model over all devices. `quantize` (nf4, int4, int8, fp8) keeps the layers' matrices in few
-    bits, encoded as they are read; the base of a run is kept as it was trained on.
+    (`fsdp`, `tensor`) spreads the model over all devices. The base of a run is kept in the bits that it was
+    trained on (`quantize`).
     """
     if dtype is not None:
         _check_dtype(dtype)
     if isinstance(adapters, (str, Path)):
         adapters = [adapters]
     base, own, kept = _run_directory(Path(path)) or (str(path), [], identity)
-    if quantize is not None:
-        kept = in_few_bits(quantize)
     source, on_top = pretrained.open_source(base), [*own, *adapters]
     for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
         source = pretrained.fit_to_adapter(source, adapter)
@@ -253,7 +245,7 @@ def _run_directory(path: Path) -> tuple[str, list[Path], Transform] | None:
 
     run = load_run(path / "config.yaml", ())
     own = run.quantize
-    kept = identity if own is None else in_few_bits(own.base, double=own.double, targets=own.targets)
+    kept = identity if own is None else quantize(own.base, double=own.double, targets=own.targets)
     return run.model, [adapter], kept
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import resource
 import sys
@@ -25,9 +26,9 @@ import numpy as np
 
 import llmtune
 from llmtune import pretrained
-from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
 from llmtune.data import Dataset, RunData, SourceReport
+from llmtune.models.decoder import declare
 from llmtune.training.processes import is_first
 from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory, write_whole
@@ -75,11 +76,11 @@ def run_facts(
 ) -> Facts:
     """What holds for all sessions. Per-source entries of the data go into `sources`, each with a `name`."""
     config = source.config
-    trained, rest = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.trainable, program.frozen))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     model = {
         "name": source.name,
         "architecture": config.architecture,
-        "parameters": rest if has_adapter(run.adapt) else trained + rest,
+        "parameters": sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(config)[1])),
         "trainable_parameters": trained,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,

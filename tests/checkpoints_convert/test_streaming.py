@@ -21,13 +21,24 @@ CONFIG = {
 }  # fmt: skip
 LOAD = """
 import pathlib, re, sys
-import llmtune
+import jax
+from llmtune import pretrained
+from llmtune.model import build_params
+from llmtune.models.decoder import declare
+from llmtune.sharding import REPLICATED, make_mesh
+from llmtune.transforms import identity, quantize
+def load(path, form):
+    source, kept = pretrained.open_source(path), quantize(form) if form else identity
+    declared = declare(source.config)[1]
+    declared = kept.apply(declared, kept.init(declared))
+    mesh = make_mesh({}, jax.devices()[:1])
+    return build_params(source, declared, identity, mesh, REPLICATED, dtype=None)
 own = pathlib.Path("/proc/self")
 def memory(field): return int(re.search(field + r":\\s+(\\d+)", (own / "status").read_text()).group(1)) * 1024
-llmtune.load(sys.argv[1], dtype=None, quantize=sys.argv[3] or None)  # a model of one layer: what compiling takes
+load(sys.argv[1], sys.argv[3])  # a model of one layer: what compiling takes
 before = memory("VmRSS")
 (own / "clear_refs").write_text("5")  # the peak begins anew
-model = llmtune.load(sys.argv[2], dtype=None, quantize=sys.argv[3] or None)
+model = load(sys.argv[2], sys.argv[3])
 print(memory("VmHWM") - before)
 """
 

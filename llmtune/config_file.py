@@ -60,6 +60,10 @@ for _tag, _pattern, _first in (
 class StrictDumper(yaml.SafeDumper):
     """Quotes every text that YAML 1.1 or `StrictLoader` would read as something else, such as 1e-5."""
 
+    def ignore_aliases(self, data: Any) -> bool:
+        """A list that two keys share is written out twice: `StrictLoader` reads no aliases."""
+        return True
+
 
 StrictDumper.yaml_implicit_resolvers = {
     first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + StrictLoader.yaml_implicit_resolvers.get(first, [])

@@ -119,7 +119,7 @@ def test_full_fine_tuning_takes_more():
     assert dot_flops(traced(WIDE, full, "none", seq=128)) > 1.3 * small
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_fully_sharded_training_gathers_codes(base):
     """On eight devices: every all-gather of a quantised matrix is one of bytes, none of floats as large as a matrix."""
     mesh, step, arguments = step_and_arguments(SMALL, qlora(base), "block", devices=8)

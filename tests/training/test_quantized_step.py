@@ -6,15 +6,16 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
 from llmtune.config import Optimizer
-from llmtune.models.config import ModelConfig
+from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
-from llmtune.sharding import load_strategy, make_mesh
+from llmtune.sharding import REPLICATED, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
 from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
@@ -119,7 +120,7 @@ def test_full_fine_tuning_takes_more():
     assert dot_flops(traced(WIDE, full, "none", seq=128)) > 1.3 * small
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_fully_sharded_training_gathers_codes(base):
     """On eight devices: every all-gather of a quantised matrix is one of bytes, none of floats as large as a matrix."""
     mesh, step, arguments = step_and_arguments(SMALL, qlora(base), "block", devices=8)
@@ -135,3 +136,28 @@ def test_fully_sharded_training_gathers_codes(base):
     assert not {shape for shape in floats if tuple(d for d in shape if d > 1) in MATRICES}, floats
     codes = [math.prod(shape) for dtype, shape in rows if dtype in ("u8", "s8")]
     assert max(codes) >= smallest // 2
+
+
+@pytest.mark.nightly
+def test_adapters_on_quantised_experts_spread_over_devices():
+    """Each of eight devices holds some experts' codes: the logits of one device."""
+    config = ModelConfig("MixtralForCausalLM", 128, 64, 96, 2, 4, 4, 16, experts=Experts(4, 2, 0.01))
+    graphdef, declared = declare(config)
+    transform = chain(quantize("nf4"), lora(rank=4, alpha=8, targets=["attention", "experts"]))
+    expert = load_strategy("expert", configs_directory() / "strategies")
+
+    def logits(strategy, sizes, devices):
+        mesh = make_mesh(sizes, jax.devices()[:devices])
+        draw = functools.partial(materialize, key=jax.random.key(0), mesh=mesh, strategy=strategy)
+
+        def forward(params, additions, ids):
+            with strategy.active():
+                model = LanguageModel(graphdef, build(transform, params, additions))
+                return model.logits(ids, jnp.ones_like(ids), jnp.ones_like(ids))
+
+        with jax.set_mesh(mesh):
+            rows = jnp.arange(64, dtype=jnp.int32).reshape(4, 16)
+            ids = jax.device_put(rows, NamedSharding(mesh, strategy.spec("batch", "seq")))
+            return jax.device_get(jax.jit(forward)(draw(declared), draw(transform.init(declared)), ids))
+
+    np.testing.assert_allclose(logits(expert, {"fsdp": 2, "tensor": 4}, 8), logits(REPLICATED, {}, 1), atol=1e-5)

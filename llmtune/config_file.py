@@ -65,10 +65,6 @@ class StrictDumper(yaml.SafeDumper):
         del data
         return True
 
-    def ignore_aliases(self, data: Any) -> bool:
-        """A list that two keys share is written out twice: `StrictLoader` reads no aliases."""
-        return True
-
 
 StrictDumper.yaml_implicit_resolvers = {
     first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + StrictLoader.yaml_implicit_resolvers.get(first, [])

@@ -26,7 +26,7 @@ from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
-from llmtune.sharding import Strategy, placed_by_compiler
+from llmtune.sharding import Strategy, make_mesh, placed_by_compiler
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import refuse_without_dense, resize_vocabulary, weights_by_path, without_vocabulary_axis
 from llmtune.weights import (
@@ -293,5 +293,6 @@ def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
         ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
         if all(start <= at < stop for at, (start, stop, _) in zip(place, ranges, strict=False)):
             local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
-            out[shard.index[len(place) :]] = np.asarray(shard.data[local])
+            with jax.set_mesh(make_mesh({}, [shard.device])):  # the slice is of this device alone, whatever mesh we are under
+                out[shard.index[len(place) :]] = np.asarray(shard.data[local])
     return out

@@ -139,8 +139,9 @@ def test_what_is_refused(stories, rows, tmp_path):
     assert said(quantize={"base": "nf4"}, adapt=None).count("quantize: a quantised base does not train")
     assert said(quantize={"base": "nf5"}).count("quantize.base")
     assert "nearest: q_proj" in said(quantize={"targets": "q_pro"})
-    assert "tied" in said(quantize={"targets": "lm_head"})
+    assert "tied to its embedding, which is never quantised" in said(quantize={"targets": "lm_head"})
     assert "looked up" in said(quantize={"targets": ["embed/table"]})
+    assert "looked up" in said(quantize={"targets": ["embed_tokens"]})
     assert "quantised, and codes do not train" in said(
         quantize={"base": "int8"}, adapt={"rank": 4, "targets": "mlp", "modules_to_save": ["q_proj"]}
     )

@@ -81,7 +81,7 @@ def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any
         weights, plans = weights_by_path(declared), plan(declared, choice)
         return {path: declare(path, weights[path], own) for path, own in plans.items()}
 
-    def make(path: str, base: Any, own: Specs, taken_out: Any = lambda own: own) -> Any:
+    def make(path: str, base: Any, own: dict[str, Any], taken_out: Any = lambda own: own) -> Any:
         del path
         if initial is not None:
             base = LoRA(base, **{name: taken_out(own)[name] for name in ("a", "b", "scale")}, taken=True)
@@ -98,7 +98,7 @@ def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any
     return Transform(init, apply, build)
 
 
-def _taken_out(own: Specs) -> dict[str, Any]:
+def _taken_out(own: Mapping[str, Any]) -> dict[str, Any]:
     """The frozen opposite of a beginning. Its arrays are its own: those that train are donated to each step."""
     return {"a": jnp.copy(own["a"]), "b": jnp.copy(own["b"]), "scale": -own["scale"]}
 

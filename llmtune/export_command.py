@@ -117,6 +117,10 @@ def _quantize(options: argparse.Namespace) -> int:
         raise LlmtuneConfigError("export: --output is missing; give a directory that does not exist yet")
     path, output = Path(options.adapters[0]), Path(options.output)
     model = path / "export" / "model" if (path / "export" / "model").is_dir() else path
+    if model == path and (path / "export" / "adapter").is_dir():
+        raise LlmtuneConfigError(
+            f"export: {path} has no model, since its adapter cannot be merged; give its base, or another run"
+        )
     if not (model / "config.json").is_file():
         raise LlmtuneConfigError(f"export: {path} is no model (it has no config.json); give a model, or a finished run")
     matrices = pretrained.export_quantized(model, output, options.quantize)

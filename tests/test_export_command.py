@@ -1,6 +1,7 @@
 """`llmtune export` on adapters that peft wrote: what vLLM takes, ranks, arithmetic; a mistake is one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -109,3 +110,26 @@ def test_a_mistake_is_one_line_and_nothing_is_written(base, adapters, tmp_path, 
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_merged_model_is_not_quantised(tmp_path, capsys):
+    (tmp_path / "run" / "export" / "adapter").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "run"), "--quantize", "int8", "--output", str(tmp_path / "out")]) == 2
+    assert "has no model, since its adapter cannot be merged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("IA3", "serve the merged model"),
+        ("PREFIX_TUNING", "cannot be merged either"),
+        ("LOHA", "llmtune does not read it"),
+    ],
+)
+def test_another_method_is_named_and_what_to_do_about_it(adapters, tmp_path, capsys, method, said):
+    shutil.copytree(adapters["plain"], tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({"peft_type": method}))
+    assert main(["export", str(tmp_path / "other"), "--check", "vllm"]) == 1
+    printed = capsys.readouterr().out
+    assert f"peft_type is {method}" in printed and said in printed

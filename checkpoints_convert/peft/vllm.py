@@ -16,7 +16,9 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 DEFAULT_RANK = 16
 MERGE = "serve the merged model (export/model of a run, or llmtune.load(...).save) instead"
 MERGEABLE = ("IA3", "VERA")
+OURS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "LLMTUNE_SEQUENTIAL", "LLMTUNE_PARALLEL", "LLMTUNE_FUSION")
 ALONE = "it cannot be merged either: use it from llmtune, or train one of lora, dora, ia3 and vera"
+UNKNOWN = "llmtune does not read it; merge it with what wrote it"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ def findings(directory: PeftDirectory) -> list[Finding]:
     settings = directory.settings
     method = settings.get("peft_type")
     if method != "LORA":
-        return [Finding(True, f"peft_type is {method}; only LORA is served", MERGE if method in MERGEABLE else ALONE)]
+        mend = MERGE if method in MERGEABLE else ALONE if method in OURS else UNKNOWN
+        return [Finding(True, f"peft_type is {method}; only LORA is served", mend)]
     found = [Finding(True, what, mend) for what, mend in _refused(directory)]
     ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
     highest = max(ranks)

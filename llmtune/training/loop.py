@@ -73,7 +73,7 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
                         export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
                         base=merge_base(run, source),
                     )  # fmt: skip
-                if run.quantize is not None:
+                if run.quantize is not None and "model" in exports:  # else nothing was merged
                     session.note(merge=report_merge(run, source, params, program, data, exports["model"], display))
         summary = Summary(directory.path, steps, before, after, exports)
         if is_first():

@@ -11,11 +11,11 @@ The base stays as it was stored, so that it may be quantised, and what is export
 """
 
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
@@ -81,10 +81,10 @@ def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any
         weights, plans = weights_by_path(declared), plan(declared, choice)
         return {path: declare(path, weights[path], own) for path, own in plans.items()}
 
-    def make(path: str, base: Any, own: dict[str, Any], opposite: Any = lambda scale: scale) -> Any:
+    def make(path: str, base: Any, own: dict[str, Any], taken_out: Any = lambda own: own) -> Any:
         del path
         if initial is not None:
-            base = LoRA(base, own["a"], own["b"], opposite(own["scale"]), taken=True)
+            base = LoRA(base, **{name: taken_out(own)[name] for name in ("a", "b", "scale")}, taken=True)
         return _operator(base, own, padded_ranks(own, choice), choice.rslora, choice.dropout)
 
     def apply(params: Params, additions: Mapping[str, Any]) -> Params:
@@ -92,10 +92,15 @@ def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any
 
     def build(params: Params, additions: Mapping[str, Any]) -> Params:
         begun = additions if initial is None else start(params, additions, initial)
-        params = wrap(params, begun, functools.partial(make, opposite=operator.neg))
+        params = wrap(params, begun, functools.partial(make, taken_out=_taken_out))
         return _measure(params, begun, magnitude=True)
 
     return Transform(init, apply, build)
+
+
+def _taken_out(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The frozen opposite of a beginning. Its arrays are its own: those that train are donated to each step."""
+    return {"a": jnp.copy(own["a"]), "b": jnp.copy(own["b"]), "scale": -own["scale"]}
 
 
 def _low_rank_additions(path: str, base: Any, own: Plan) -> Specs:

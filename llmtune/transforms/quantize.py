@@ -14,9 +14,11 @@ from typing import Any
 import jax
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.transforms.select import EMBEDDING, select
+from llmtune.transforms.select import EMBEDDING, HEAD, select, weights_by_path
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import FORMATS, NF4, ArraySpec, Quantized, is_operator, path_name
+
+LOOKED_UP = "quantize.targets: the embedding is looked up, not multiplied by; leave it out"
 
 
 def quantize(base: str, *, double: bool = True, targets: str | Sequence[str] = "layers") -> Transform:
@@ -31,6 +33,7 @@ def quantize(base: str, *, double: bool = True, targets: str | Sequence[str] = "
 
     def apply(params: Params, additions: Any) -> Params:
         del additions
+        _refuse_table(params, [targets] if isinstance(targets, str) else targets)
         chosen = set(select(params, targets, key="quantize.targets"))
 
         def change(path: tuple[Any, ...], weight: Any) -> Any:
@@ -42,9 +45,19 @@ def quantize(base: str, *, double: bool = True, targets: str | Sequence[str] = "
     return Transform(init, apply)
 
 
+def _refuse_table(params: Params, rules: Sequence[str]) -> None:
+    """The embedding by its name, and a head that is the embedding: it is no matter of adapters, as `select` would say."""
+    if "embed_tokens" in rules:
+        raise LlmtuneConfigError(LOOKED_UP)
+    if "lm_head" in rules and HEAD not in weights_by_path(params):
+        raise LlmtuneConfigError(
+            "quantize.targets: lm_head: this model's head is tied to its embedding, which is never quantised; leave it out"
+        )
+
+
 def _quantised(path: str, weight: Any, form: Callable[[ArraySpec], Quantized]) -> Quantized:
     if path == EMBEDDING:
-        raise LlmtuneConfigError("quantize.targets: the embedding is looked up, not multiplied by; leave it out")
+        raise LlmtuneConfigError(LOOKED_UP)
     if isinstance(weight, Quantized):
         raise LlmtuneConfigError(f"quantize.targets: {path} is quantised already; leave it out")
     if is_operator(weight):

@@ -56,6 +56,20 @@ def test_a_run_is_read_back_as_it_was_measured(stories, rows, batches, tmp_path,
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("adapt", [
+    {"method": "prompt_tuning", "virtual_tokens": 3},
+    pytest.param({"method": "houlsby", "size": 4}, marks=pytest.mark.nightly),
+], ids=lambda adapt: adapt["method"])  # fmt: skip
+def test_over_a_quantised_base_a_run_ends_without_a_merged_model(stories, rows, batches, tmp_path, adapt):
+    run = run_config(
+        tmp_path, stories, rows, adapt=adapt, quantize={"base": "int8"}, data=data(rows), train={**TRAIN, "steps": 1}
+    )
+    llmtune.train(run, devices=jax.devices()[:1])
+    assert sorted(path.name for path in (tmp_path / "run" / "export").iterdir()) == ["adapter"]
+    assert "after" in evaluation(tmp_path / "run")
+    assert np.isfinite(llmtune.load(tmp_path / "run").logits(batches[0][0])).all()
+
+
 def test_two_adapters_are_fused_and_stay_as_they_are(stories, rows, tmp_path):
     paths = []
     for name, size in (("one", 4), ("other", 3)):

@@ -97,6 +97,14 @@ def test_eight_devices_train_like_one(stories, rows, tmp_path, strategy, base):
     np.testing.assert_allclose(curve(run("eight", **mesh), devices=8)[0], one[0], rtol=1e-5)
 
 
+def test_a_run_that_begins_with_a_part_of_its_base_trains(stories, rows, tmp_path):
+    """What trains is donated to each step, and what was taken out of the base stays."""
+    adapt = {**ADAPT, "initial": "olora", "targets": "q_proj"}
+    train = {"steps": 3, "batch_size": 4, "dtype": "float32"}
+    losses, _ = curve(run_config(tmp_path, stories, rows, adapt=adapt, quantize={"base": "int8"}, train=train))
+    assert np.isfinite(losses).all() and len(losses) == 3
+
+
 @pytest.mark.parametrize("into", ["dequantized", "original"])
 def test_the_merged_export_says_what_it_was_merged_into_and_what_that_moved(stories, rows, tmp_path, into):
     """The stored base plus the adapter, or the decoded one: tensor by tensor, and the logits that transformers finds."""
@@ -139,8 +147,9 @@ def test_what_is_refused(stories, rows, tmp_path):
     assert said(quantize={"base": "nf4"}, adapt=None).count("quantize: a quantised base does not train")
     assert said(quantize={"base": "nf5"}).count("quantize.base")
     assert "nearest: q_proj" in said(quantize={"targets": "q_pro"})
-    assert "tied" in said(quantize={"targets": "lm_head"})
+    assert "tied to its embedding, which is never quantised" in said(quantize={"targets": "lm_head"})
     assert "looked up" in said(quantize={"targets": ["embed/table"]})
+    assert "looked up" in said(quantize={"targets": ["embed_tokens"]})
     assert "quantised, and codes do not train" in said(
         quantize={"base": "int8"}, adapt={"rank": 4, "targets": "mlp", "modules_to_save": ["q_proj"]}
     )

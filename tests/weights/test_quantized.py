@@ -118,3 +118,12 @@ def test_a_column_of_zeros_stays_zeros():
         weight = FORMATS[form](ArraySpec(matrix.shape, (None, None))).encode(jnp.asarray(matrix))
         dense = np.asarray(weight.dense())
         assert np.isfinite(dense).all() and not dense[:, 3].any(), form
+
+
+def test_what_trains_on_one_format_is_not_taken_for_what_trains_on_another():
+    """Structures with holes: a program compiled for the one would give trees of the other."""
+    factors = (np.zeros((8, 2)), np.zeros((2, 8)), np.ones(()))
+    bases = [form(ArraySpec((8, 8), ("embed", "mlp"))) for form in FORMATS.values()]
+    trees = [partition({"q": LoRA(base, *factors)}, adapters)[0] for base in bases]
+    structures = [jax.tree.structure(tree) for tree in trees]
+    assert not any(one == other for at, one in enumerate(structures) for other in structures[:at])

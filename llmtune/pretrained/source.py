@@ -293,6 +293,8 @@ def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
         ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
         if all(start <= at < stop for at, (start, stop, _) in zip(place, ranges, strict=False)):
             local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
-            with jax.set_mesh(make_mesh({}, [shard.device])):  # the slice is of this device alone, whatever mesh we are under
+            with jax.set_mesh(
+                make_mesh({}, [shard.device])
+            ):  # the slice is of this device alone, whatever mesh we are under
                 out[shard.index[len(place) :]] = np.asarray(shard.data[local])
     return out

@@ -166,8 +166,8 @@ def load(
         return {**params, "head": {**params["head"], "kernel": head}}
     if source.directory is None:
         return _drawn(declared, mesh, strategy, dtype, seed)
+    layouts = shardings(declared, mesh, strategy)  # what does not divide is named before anything is read
     if source.resize is None:
-        layouts = shardings(declared, mesh, strategy)
         weights = _weights(source, source.config)
         return hf_weights.load_params(weights, source.config, declared, layouts, dtype=dtype, progress=progress)
     stored = replace(source.config, vocab_size=source.resize.stored)

@@ -34,10 +34,9 @@ class Continued:
 
 
 @dataclass(frozen=True)
-class PromptTuning(Continued):
-    """Learned vectors before the embeddings of every row."""
+class VirtualTokens(Continued):
+    """Methods whose rows begin with virtual tokens."""
 
-    method: Literal["prompt_tuning"] = key("which transform", "prompt_tuning")
     virtual_tokens: int = key("how many", 20)
 
     def check(self, require: Require, at: str) -> None:
@@ -47,72 +46,69 @@ class PromptTuning(Continued):
 
 
 @dataclass(frozen=True)
-class PTuning(Continued):
+class PromptTuning(VirtualTokens):
+    """Learned vectors before the embeddings of every row."""
+
+    method: Literal["prompt_tuning"] = key("which transform", "prompt_tuning")
+
+
+@dataclass(frozen=True)
+class PTuning(VirtualTokens):
     """A prompt that a small network makes, which trains with it."""
 
     method: Literal["p_tuning"] = key("which transform", "p_tuning")
-    virtual_tokens: int = key("how many", 20)
     encoder_hidden: int | None = key("width of the network; null: the model's", None)
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
-        check_continued(self, require, at)
-        require(self.virtual_tokens > 0, f"{at}.virtual_tokens", f"{self.virtual_tokens} must be positive")
+        super().check(require, at)
         width = self.encoder_hidden
         require(width is None or width > 0, f"{at}.encoder_hidden", f"{width} must be positive")
 
 
 @dataclass(frozen=True)
-class PrefixTuning(Continued):
+class PrefixTuning(VirtualTokens):
     """Learned keys and values before those of every row, in each layer."""
 
     method: Literal["prefix_tuning"] = key("which transform", "prefix_tuning")
-    virtual_tokens: int = key("how many", 20)
+
+
+@dataclass(frozen=True)
+class Bottlenecks(Continued):
+    """Methods that add small networks of two layers."""
+
+    size: int = key("width of the bottlenecks", 16)
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
         check_continued(self, require, at)
-        require(self.virtual_tokens > 0, f"{at}.virtual_tokens", f"{self.virtual_tokens} must be positive")
+        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
 
 
 @dataclass(frozen=True)
-class Houlsby(Continued):
+class Houlsby(Bottlenecks):
     """Bottlenecks after attention and after the MLP of each layer."""
 
     method: Literal["houlsby"] = key("which transform", "houlsby")
-    size: int = key("width of the bottlenecks", 16)
-
-    def check(self, require: Require, at: str) -> None:
-        """What no single field can say."""
-        check_continued(self, require, at)
-        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
 
 
 @dataclass(frozen=True)
-class Pfeiffer(Continued):
+class Pfeiffer(Bottlenecks):
     """A bottleneck after the MLP of each layer."""
 
     method: Literal["pfeiffer"] = key("which transform", "pfeiffer")
-    size: int = key("width of the bottlenecks", 16)
-
-    def check(self, require: Require, at: str) -> None:
-        """What no single field can say."""
-        check_continued(self, require, at)
-        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
 
 
 @dataclass(frozen=True)
-class ParallelAdapter(Continued):
+class ParallelAdapter(Bottlenecks):
     """A bottleneck beside the MLP of each layer."""
 
     method: Literal["parallel_adapter"] = key("which transform", "parallel_adapter")
-    size: int = key("width of the bottlenecks", 16)
     scale: float = key("of what they add", 4.0)
 
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
-        check_continued(self, require, at)
-        require(self.size > 0, f"{at}.size", f"{self.size} must be positive")
+        super().check(require, at)
         require(0 < self.scale < math.inf, f"{at}.scale", f"{self.scale} must be a positive number")
 
 
@@ -128,6 +124,3 @@ class AdapterFusion(Continued):
         check_continued(self, require, at)
         given = len(self.adapters)
         require(given > 1 or self.from_ is not None, f"{at}.adapters", f"{given} given; fusion is of two or more")
-
-
-VIRTUAL = (PromptTuning, PTuning, PrefixTuning)  # methods whose rows begin with virtual tokens

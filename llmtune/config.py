@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
 from llmtune.adapt_config import METHODS, Adapt, check_adapt, places, sections
-from llmtune.added_config import VIRTUAL
+from llmtune.added_config import VirtualTokens
 from llmtune.config_key import key
 from llmtune.errors import LlmtuneConfigError
 
@@ -223,7 +223,7 @@ def check(run: Run) -> None:
         "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
     )
     for at, section in places(run.adapt):
-        if isinstance(section, VIRTUAL):
+        if isinstance(section, VirtualTokens):
             require_room(section.virtual_tokens, data, f"{at}.virtual_tokens")
     for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
                         ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),

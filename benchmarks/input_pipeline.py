@@ -22,7 +22,7 @@ COLUMNS = {"prompt": "question", "completion": "answer"}
 
 def prepare_llmtune(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
     from llmtune import pretrained
-    from llmtune.config_file import build_run
+    from llmtune.config.file import build_run
     from llmtune.data import load_data, read_batches
 
     tree = {

@@ -25,9 +25,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmtune import pretrained
-from llmtune.adapt_config import sections
 from llmtune.config import Run
-from llmtune.config_file import build_run
+from llmtune.config.adapt import sections
+from llmtune.config.file import build_run
 from llmtune.sharding import Strategy, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
 from llmtune.training.adapting import choose_transform

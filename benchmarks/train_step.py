@@ -35,7 +35,7 @@ def prepare_llmtune(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[
     import jax
 
     from llmtune import pretrained
-    from llmtune.config_file import build_run
+    from llmtune.config.file import build_run
     from llmtune.models.decoder import declare
     from llmtune.training.program import build_program
     from llmtune.training.weights import choose_layout

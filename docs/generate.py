@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llmtune.adapt_config import METHODS
 from llmtune.config import key_reference
+from llmtune.config.adapt import METHODS
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration

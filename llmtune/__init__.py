@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmtune.bank import AdapterBank, load_bank
     from llmtune.config import Run
-    from llmtune.config_file import load_run
+    from llmtune.config.file import load_run
     from llmtune.errors import LlmtuneError
     from llmtune.model import Model, load
     from llmtune.training.loop import train
@@ -29,7 +29,7 @@ _HOMES = {
     "Run": "llmtune.config",
     "load": "llmtune.model",
     "load_bank": "llmtune.bank",
-    "load_run": "llmtune.config_file",
+    "load_run": "llmtune.config.file",
     "train": "llmtune.training.loop",
 }
 

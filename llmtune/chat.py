@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtune.config_file import load_run
+from llmtune.config.file import load_run
 from llmtune.errors import LlmtuneConfigError
 from llmtune.model import Model
 from llmtune.tokenizers import load_chat_template

@@ -198,7 +198,7 @@ def _keys_epilog() -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from llmtune.config_file import load_run
+    from llmtune.config.file import load_run
 
     overrides = list(options.overrides)
     run = load_run(options.config, overrides)

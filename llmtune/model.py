@@ -241,7 +241,7 @@ def _run_directory(path: Path) -> tuple[str, list[Path], Transform] | None:
         )
     if not adapter.is_dir():
         return str(model), [], identity
-    from llmtune.config_file import load_run
+    from llmtune.config.file import load_run
 
     run = load_run(path / "config.yaml", ())
     own = run.quantize

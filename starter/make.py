@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llmtune.config_file import load_run
+from llmtune.config.file import load_run
 from llmtune.training.loop import train
 from starter.grammar import instruction, story
 

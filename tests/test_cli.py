@@ -13,7 +13,7 @@ import pytest
 
 import llmtune
 from llmtune.cli import main
-from llmtune.config_file import dump_run, load_run
+from llmtune.config.file import dump_run, load_run
 
 ROW = {"prompt": "Name an animal:", "completion": " a hedgehog"}
 

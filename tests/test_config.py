@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.adapt_config import Lora
 from llmtune.config import Run, key_reference
-from llmtune.config_file import dump_run, load_run
+from llmtune.config.adapt import Lora
+from llmtune.config.file import dump_run, load_run
 from llmtune.data import RunData
 from llmtune.errors import LlmtuneConfigError
 

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 import jax
 import numpy as np
 
-from llmtune.adapt_config import METHODS
+from llmtune.config.adapt import METHODS
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.sharding import load_strategy, make_mesh

@@ -2,7 +2,7 @@
 
     [Lora(rank=8), ...]  -->  Adaptation(chain(lora(rank=8, ...), ...), paths that train in whole beside them)
 
-A new method is a dataclass in `llmtune/adapt_config.py`, a transform in `llmtune/transforms`, and a row here.
+A new method is a dataclass in `llmtune/config/adapt.py`, a transform in `llmtune/transforms`, and a row here.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune import pretrained
-from llmtune.adapt_config import (
+from llmtune.config.adapt import (
     AdapterFusion,
     Dora,
     Full,

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from llmtune import pretrained
-from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
+from llmtune.config.adapt import has_adapter
 from llmtune.data import RunData
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.training.display import Display

@@ -7,8 +7,8 @@ import jax
 from rich.console import Console
 
 from llmtune import pretrained
-from llmtune.adapt_config import has_adapter
 from llmtune.config import Run
+from llmtune.config.adapt import has_adapter
 from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report

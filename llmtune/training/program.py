@@ -18,8 +18,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
-from llmtune.adapt_config import sections
 from llmtune.config import Run
+from llmtune.config.adapt import sections
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel

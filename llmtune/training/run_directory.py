@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from llmtune.config import Run
-from llmtune.config_file import dump_run, flat, parse_yaml
+from llmtune.config.file import dump_run, flat, parse_yaml
 from llmtune.errors import LlmtuneConfigError
 from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune import pretrained
-from llmtune.adapt_config import LowRankSection, sections
 from llmtune.config import Run
+from llmtune.config.adapt import LowRankSection, sections
 from llmtune.data import added_tokens
 from llmtune.errors import LlmtuneConfigError
 from llmtune.shipped import resolve

@@ -6,8 +6,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llmtune import pretrained
-from llmtune.adapt_config import sections
 from llmtune.config import Run, Sharding, require_room
+from llmtune.config.adapt import sections
 from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
 from llmtune.models.config import ModelConfig

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llmtune import pretrained
-from llmtune.config_file import build_run
+from llmtune.config.file import build_run
 from llmtune.data import load_data
 from llmtune.errors import LlmtuneDataError
 from tests.conftest import ROOT
@@ -105,7 +105,7 @@ def test_rows_of_csv_that_do_not_fit_the_header_are_bad_rows(load, tmp_path):
 MEASURE = """
 import resource, sys, time
 from llmtune import pretrained
-from llmtune.config_file import build_run
+from llmtune.config.file import build_run
 from llmtune.data import load_data
 starter, first, *others = sys.argv[1:]
 source = pretrained.open_source(starter)

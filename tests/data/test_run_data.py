@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmtune import pretrained
-from llmtune.config_file import build_run
+from llmtune.config.file import build_run
 from llmtune.data import BatchSource, load_data
 from llmtune.data.example import IGNORED
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError

@@ -115,7 +115,7 @@ UNSAFE = {"eval", "exec", "compile", "__import__", "os.system", "yaml.unsafe_loa
 def test_nothing_is_evaluated_or_loaded_as_code():
     calls = [(m, ast.unparse(n.func)) for m, tree in MODULES.items() for n in ast.walk(tree) if isinstance(n, ast.Call)]
     assert not [call for call in calls if call[1] in UNSAFE]
-    assert {module for module, function in calls if function == "yaml.load"} <= {"llmtune.config_file"}  # StrictLoader
+    assert {module for module, function in calls if function == "yaml.load"} <= {"llmtune.config.file"}  # StrictLoader
     assert not [module for module, tree in MODULES.items() if "trust_remote_code" in ast.unparse(tree)]
 
 

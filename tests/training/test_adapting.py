@@ -3,8 +3,8 @@
 import pytest
 
 from llmtune import pretrained
-from llmtune.adapt_config import METHODS
-from llmtune.config_file import build_run
+from llmtune.config.adapt import METHODS
+from llmtune.config.file import build_run
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.decoder import declare
 from llmtune.training.adapting import METHODS as TRANSFORMS

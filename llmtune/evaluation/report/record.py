@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtune.config_file import parse_yaml
+from llmtune.config.file import parse_yaml
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.perplexity import HeldOut
 

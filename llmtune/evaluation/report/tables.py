@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmtune.config_file import flat
+from llmtune.config.file import flat
 from llmtune.evaluation.report import units
 from llmtune.evaluation.report.data_tables import data_facts
 from llmtune.evaluation.report.record import MOMENTS, Record

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from llmtune.config_key import key
+from llmtune.config.key import key
 
 Require = Callable[[bool, str, str], None]  # (condition, key, what is said where it does not hold)
 SAVED = (

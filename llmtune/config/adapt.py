@@ -3,7 +3,7 @@
     adapt: {rank: 8}                                    method lora, where none is named
     adapt: [{method: lora, targets: attention}, ...]    a list
 
-A new method is a dataclass here (those that add to the computation: in `llmtune/added_config.py`), its transform in
+A new method is a dataclass here (those that add to the computation: in `llmtune/config/added.py`), its transform in
 `llmtune/transforms`, and a row in `llmtune/training/adapting.py`.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from llmtune.added_config import (
+from llmtune.config.added import (
     FROM,
     SAVED,
     AdapterFusion,
@@ -25,7 +25,7 @@ from llmtune.added_config import (
     Require,
     check_continued,
 )
-from llmtune.config_key import key
+from llmtune.config.key import key
 
 TARGETS = "all-linear, attention, mlp, experts, names such as q_proj, or regular expressions on paths"
 DROPOUT = "share of the adapter's input that is dropped in each training step"

@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from llmtune.adapt_config import METHODS
 from llmtune.config import Run, check, key_reference
+from llmtune.config.adapt import METHODS
 from llmtune.errors import LlmtuneConfigError
 
 LIMIT_BYTES, LIMIT_DEPTH = 1_000_000, 20

@@ -1,0 +1,18 @@
+"""A run as frozen dataclasses, and the strict way from YAML to them (`llmtune.config.file`)."""
+
+from llmtune.config.data import DataSource, require_room, sources_of
+from llmtune.config.optimization import Optimizer, Train
+from llmtune.config.reference import key_reference
+from llmtune.config.run import Run, Sharding, check
+
+__all__ = [
+    "DataSource",
+    "Optimizer",
+    "Run",
+    "Sharding",
+    "Train",
+    "check",
+    "key_reference",
+    "require_room",
+    "sources_of",
+]

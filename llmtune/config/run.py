@@ -1,0 +1,100 @@
+"""A run as frozen dataclasses, one for each section of its file.
+
+Every field carries its help text: the documentation and `llmtune train --help` are generated from here. Unknown keys, wrong
+types and impossible combinations are refused with the key's path, before anything is read or written.
+
+    Run
+     |- data                 config/data.py
+     |- adapt                config/adapt.py, config/added.py
+     |- quantize             config/quantize.py
+     |- optimizer, train     config/optimization.py
+     `- sharding, checkpoint, evaluate
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtune.config.adapt import METHODS, Adapt, check_adapt, places, sections
+from llmtune.config.added import VirtualTokens
+from llmtune.config.data import Data, added_tokens, check_data, require_room
+from llmtune.config.key import key
+from llmtune.config.optimization import Optimizer, Train, check_optimization
+from llmtune.config.quantize import Quantize
+from llmtune.errors import LlmtuneConfigError
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights and rows are spread over devices."""
+
+    strategy: str = key("a table of configs/strategies (fsdp, tensor, expert), or the path of one", "fsdp")
+    mesh: dict[str, int] = key("size of each mesh axis; -1: what the others leave over; empty: chosen to fit", {})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run can be resumed from."""
+
+    every: int = key("steps between checkpoints (one is always written at the end)", 100)
+    keep: int = key("newest checkpoints that stay", 3)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out loss during training, and samples before and after."""
+
+    every: int | None = key("steps between evaluations; null: only before and after", 50)
+    max_batches: int | None = key("batches of validation data per evaluation; null: all", None)
+    prompts: list[str] = key("continued greedily before and after training", [])
+    max_new_tokens: int = key("length of those samples", 64)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run."""
+
+    model: str = key("a Hugging Face directory, or a preset of configs/models (random weights)")
+    output: str = key("the run's directory; the same configuration on it resumes")
+    data: Data = key("data")
+    objective: Literal["pretrain", "sft"] = key("pretrain: every token is a target; sft: completions are", "sft")
+    adapt: Adapt | None = key(
+        "a parameter transform, or a list of them; absent: full fine-tuning", None, methods=METHODS
+    )
+    quantize: Quantize | None = key("the base in few bits; absent: as stored", None)
+    optimizer: Optimizer = key("optimizer", Optimizer())
+    train: Train = key("training", Train())
+    sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
+    checkpoint: Checkpoint = key("checkpoints", Checkpoint())
+    evaluate: Evaluate = key("evaluation", Evaluate())
+
+
+def check(run: Run) -> None:
+    """What no single field can say. Raises LlmtuneConfigError naming the key."""
+
+    def require(condition: bool, path: str, said: str) -> None:
+        if not condition:
+            raise LlmtuneConfigError(f"{path}: {said}")
+
+    check_data(run.data, require)
+    check_optimization(run.optimizer, run.train, require)
+    if run.quantize is not None:
+        require(
+            run.adapt is not None,
+            "quantize",
+            "a quantised base does not train; give an adapter (adapt), or leave it out",
+        )
+        require(bool(run.quantize.targets), "quantize.targets", "no target is given")
+    check_adapt(run.adapt, require)
+    added = added_tokens(run.data)
+    require(
+        not added or all(section.from_ is None for section in sections(run.adapt)),
+        added[0][0] if added else "data",
+        "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
+    )
+    for at, section in places(run.adapt):
+        if isinstance(section, VirtualTokens):
+            require_room(section.virtual_tokens, run.data, f"{at}.virtual_tokens")
+    for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
+                        ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
+                        ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
+        require(value is None or value > 0, path, f"{value} must be positive")

@@ -77,7 +77,8 @@ class MoE(nnx.Module):
         logits = self.router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, self.chosen)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        # One expert's share of itself is 1 whatever the router thinks; p / p would send rounding errors back as its gradient.
+        weights = weights / weights.sum(axis=-1, keepdims=True) if self.chosen > 1 else jnp.ones_like(weights)
         return weights, chosen, logits, probabilities
 
     def through_experts(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import llmtune
+from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from llmtune.export_command import add_export
 
 if TYPE_CHECKING:
     from llmtune.model import Model
-
-USAGE_ERROR, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as a shell has them for SIGINT and SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # `llmtune inspect ... | head`: who reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNREAD
+        return exit_codes.UNREAD
     except LlmtuneError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.exit_code)
     except ValueError as error:
         from llmtune.sharding import ShardingError
 
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print(f"interrupted{getattr(options, 'interrupted', '')}", file=sys.stderr)
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,7 +177,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, where argparse prints its usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(exit_codes.USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 class _LazyEpilog(argparse.RawDescriptionHelpFormatter):
@@ -318,9 +317,9 @@ def _print_unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = exit_codes.USAGE) -> int:
     print(f"llmtune: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return USAGE_ERROR
+    return code
 
 
 if __name__ == "__main__":

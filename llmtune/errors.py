@@ -1,12 +1,17 @@
 """The errors a user can mend.
 
 Each carries one line that says *what* is wrong, *where*, and *how to mend it*. The command line prints that line and
-exits with code 2; a library user catches `LlmtuneError`. A traceback of any other type is a defect of llmtune.
+exits with the error's code, 2 for most; a library user catches `LlmtuneError`. A traceback of any other type is a defect of
+llmtune.
 """
+
+from llmtune import exit_codes
 
 
 class LlmtuneError(Exception):
     """A mistake in what was given to llmtune: one line, no traceback needed to understand it."""
+
+    exit_code = exit_codes.USAGE
 
 
 class LlmtuneConfigError(LlmtuneError):
@@ -19,3 +24,9 @@ class LlmtuneFormatError(LlmtuneError):
 
 class LlmtuneDataError(LlmtuneError):
     """A data row or file that cannot be used; the message starts with file:line."""
+
+
+class LlmtuneRetryError(LlmtuneError):
+    """What failed is around the run, not in it (the disk, another process): the same command goes on from the last checkpoint."""
+
+    exit_code = exit_codes.RETRY

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from llmtune.weights.adapters import LowRankValues, beneath, is_adapter, low_rank_values
 from llmtune.weights.bank import Bank
 from llmtune.weights.bottleneck import Bottleneck, Branch, Parallel
-from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, head_loss, linear, unembed
+from llmtune.weights.doors import Weight, add_bias, embed_lookup, expert_linear, linear, unembed
 from llmtune.weights.dora import DoRA, measured
 from llmtune.weights.dropout import with_dropout_keys
 from llmtune.weights.fusion import Fusion
+from llmtune.weights.head_loss import head_loss
 from llmtune.weights.ia3 import IA3
 from llmtune.weights.int4 import Int4
 from llmtune.weights.layers import join_shared, layer, map_stacked, split_shared

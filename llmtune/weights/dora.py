@@ -17,7 +17,8 @@ from typing import ClassVar, final
 import jax
 import jax.numpy as jnp
 
-from llmtune.weights.doors import Weight, contract, linear
+from llmtune.weights.contract import contract
+from llmtune.weights.doors import Weight, linear
 from llmtune.weights.dropout import drop
 from llmtune.weights.gather import gather
 from llmtune.weights.lora import LoRA

@@ -17,7 +17,7 @@ from typing import ClassVar, Self, final
 import jax
 import jax.numpy as jnp
 
-from llmtune.weights.doors import contract
+from llmtune.weights.contract import contract
 from llmtune.weights.gather import gather
 from llmtune.weights.quantized import Quantized, rows_of, scales_of
 from llmtune.weights.spec import ArraySpec

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmtune.weights.doors import contract, expert_contract
+from llmtune.weights.contract import contract, expert_contract
 from llmtune.weights.gather import gather
 from llmtune.weights.operator import Operator
 from llmtune.weights.spec import ArraySpec

@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from llmtune.sharding import spec
-from llmtune.weights.doors import Weight, contract, linear
+from llmtune.weights.contract import contract
+from llmtune.weights.doors import Weight, linear
 from llmtune.weights.dropout import drop
 from llmtune.weights.gather import gather
 from llmtune.weights.materialized import dense

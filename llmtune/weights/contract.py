@@ -1,0 +1,48 @@
+"""The products of rows with gathered matrices: what every door and every operator multiplies with.
+
+contract          [batch, seq, i] x [i, o], or its transpose           rows that all see one matrix
+expert_contract   sorted rows x [experts, i, o]                        each group of rows sees its own
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llmtune.kernels import grouped_matmul
+from llmtune.sharding import current, spec
+
+
+def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str | None, ...]) -> jax.Array:
+    """[batch, seq, i] with a matrix laid out "io" or "oi" -> [batch, seq, o].
+
+    Rows are flattened to two dimensions where the sequence is not sharded: XLA's CPU matmul runs at half the speed on three
+    (facts: 37.7 ms against 25.1 ms for a SwiGLU MLP), other platforms do not mind. float32 is meant as float32: without
+    the precision argument TPUs and GPUs round the operands to bfloat16 or TF32.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = spec(*out_axes)
+    rows_sharded_by_seq = current().spec("seq")[0] is not None
+    if x.ndim != 3 or rows_sharded_by_seq:
+        return jnp.einsum(f"...i,{layout}->...o", x, w, precision=precision, out_sharding=out)
+    batch, seq, width = x.shape
+    typed = jax.typeof(x).sharding.spec
+    rows = jax.lax.reshape(x, (batch * seq, width), out_sharding=PartitionSpec(typed[0], typed[2]))
+    flat = jnp.einsum(f"ri,{layout}->ro", rows, w, precision=precision, out_sharding=PartitionSpec(out[0], out[2]))
+    return jax.lax.reshape(flat, (batch, seq, flat.shape[-1]), out_sharding=out)
+
+
+def expert_contract(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+    """`expert_linear` with a gathered array, each device multiplying what it sorted for itself."""
+    rows, matrices, sizes = (jax.typeof(array).sharding.spec for array in (x, w, group_sizes))
+    summed = matrices[1]
+
+    def own(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        out = grouped_matmul(x.reshape(x.shape[-2:]), w, sizes.reshape(sizes.shape[-1:]))
+        out = out if summed is None else jax.lax.psum(out, summed)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return own(x, w, group_sizes)
+    return jax.shard_map(own, in_specs=(rows, matrices, sizes), out_specs=spec(*out_axes), check_vma=False)(
+        x, w, group_sizes
+    )

@@ -14,8 +14,8 @@ line: `--optimizer.learning_rate 1e-4` (values are read as YAML). This page is g
 - A key that does not exist, stands twice or has the wrong type is refused, with its path and, for a slip of the pen, the
   nearest key. Numbers may be written `1e-5` (plain YAML would read a text there); `yes`, `no`, `on`, `off` are texts.
 - The resolved configuration, every default written out, lies in the run's directory as `config.yaml`.
-- The same command on its own run directory resumes. Another configuration is refused with what differs; only `sharding`
-  may change, so that a run can go on on other devices.
+- The same command on its own run directory resumes. Another configuration is refused with what differs; only
+  `sharding`, `checkpoint` and `safeguards` may change, so that a run can go on on other devices.
 - Paths are relative to where the command runs. `llmtune:starter` names what ships inside the package.
 
 """

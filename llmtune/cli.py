@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"interrupted{getattr(options, 'interrupted', '')}", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return getattr(error, "exit_code", exit_codes.INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,11 +202,13 @@ def _train(options: argparse.Namespace) -> int:
     overrides = list(options.overrides)
     run = load_run(options.config, overrides)
     from llmtune.training.loop import train
+    from llmtune.training.stopping import on_signals
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
     threading.excepthook = lambda _: None  # likewise
     sys.unraisablehook = _print_unraisable
-    train(run)
+    with on_signals() as stop:
+        train(run, stop=stop)
     return 0
 
 

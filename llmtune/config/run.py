@@ -8,7 +8,9 @@ types and impossible combinations are refused with the key's path, before anythi
      |- adapt                config/adapt.py, config/added.py
      |- quantize             config/quantize.py
      |- optimizer, train     config/optimization.py
-     `- sharding, checkpoint, evaluate
+     |- checkpoint           config/checkpoint.py
+     |- safeguards           config/safeguards.py
+     `- sharding, evaluate
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from typing import Literal
 
 from llmtune.config.adapt import METHODS, Adapt, check_adapt, places, sections
 from llmtune.config.added import VirtualTokens
+from llmtune.config.checkpoint import Checkpoint, check_checkpoint
 from llmtune.config.data import Data, added_tokens, check_data, require_room
 from llmtune.config.key import key
 from llmtune.config.optimization import Optimizer, Train, check_optimization
 from llmtune.config.quantize import Quantize
+from llmtune.config.safeguards import Safeguards, check_safeguards
 from llmtune.errors import LlmtuneConfigError
 
 
@@ -29,14 +33,6 @@ class Sharding:
 
     strategy: str = key("a table of configs/strategies (fsdp, tensor, expert), or the path of one", "fsdp")
     mesh: dict[str, int] = key("size of each mesh axis; -1: what the others leave over; empty: chosen to fit", {})
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a run can be resumed from."""
-
-    every: int = key("steps between checkpoints (one is always written at the end)", 100)
-    keep: int = key("newest checkpoints that stay", 3)
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Run:
     train: Train = key("training", Train())
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
     checkpoint: Checkpoint = key("checkpoints", Checkpoint())
+    safeguards: Safeguards = key("against hangs and lost processes", Safeguards())
     evaluate: Evaluate = key("evaluation", Evaluate())
 
 
@@ -94,7 +91,8 @@ def check(run: Run) -> None:
     for at, section in places(run.adapt):
         if isinstance(section, VirtualTokens):
             require_room(section.virtual_tokens, run.data, f"{at}.virtual_tokens")
-    for path, value in (("checkpoint.every", run.checkpoint.every), ("checkpoint.keep", run.checkpoint.keep),
-                        ("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
+    check_safeguards(run.safeguards, require)
+    check_checkpoint(run.checkpoint, run.evaluate.every, bool(run.data.validation), require)
+    for path, value in (("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
                         ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
         require(value is None or value > 0, path, f"{value} must be positive")

@@ -14,28 +14,35 @@ from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report
 from llmtune.sharding import Devices
 from llmtune.training.announcements import Summary, conclude, describe
-from llmtune.training.checkpoint import Checkpoints
+from llmtune.training.checkpoint.checkpoints import Checkpoints
+from llmtune.training.checkpoint.retention import Retention
 from llmtune.training.display import Display, step_status
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
 from llmtune.training.merging import merge_base, report_merge
-from llmtune.training.processes import is_first, wait_for_all, written_once
+from llmtune.training.processes import highest, is_first, wait_for_all, written_once
 from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
 from llmtune.training.step import Metrics
+from llmtune.training.stopping import Interrupted, Stop
 from llmtune.training.tracking import open_trackers
 from llmtune.training.vocabulary import settle_vocabulary
+from llmtune.training.watchdog import Watchdog
 from llmtune.training.weights import choose_layout, declare_base
 from llmtune.transforms import combine
 
 
-def train(run: Run, display: Display | None = None, devices: Devices | None = None) -> Summary:
+def train(
+    run: Run, display: Display | None = None, devices: Devices | None = None, stop: Stop | None = None
+) -> Summary:
     """Carry out a run, or take it up where its last checkpoint left it, on `devices` (default: all there are).
 
-    Raises LlmtuneError for what a user can mend.
+    `stop`: how it is asked to stop between two steps, which it then saves. Raises LlmtuneError for what a user can mend, and
+    Interrupted once it has stopped.
     """
+    stop = stop or Stop()
     with display or Display(None if is_first() else Console(quiet=True)) as display:
         source, vocabulary = settle_vocabulary(run, pretrained.open_source(run.model))
         display.phase("tokenising", total=None)
@@ -58,11 +65,14 @@ def train(run: Run, display: Display | None = None, devices: Devices | None = No
             evaluator = Evaluator(run, source.config, data, program, directory)
             facts = run_facts(run, source, data, steps, state, program)
             with Session(directory, facts, session_facts(program)) as session:
-                with Checkpoints(directory.checkpoints, run.checkpoint.keep) as checkpoints:
+                with open_checkpoints(run, directory, data, source, session, display) as checkpoints:
                     state = resume(directory, checkpoints, state, program, display)
                     session.note(first_step=int(state.step))
                     before = measure("before", state, evaluator, display)
-                    state = run_steps(run, data, steps, program, state, evaluator, checkpoints, session, display)
+                    with stop.deferred():
+                        state = run_steps(
+                            run, data, steps, program, state, evaluator, checkpoints, session, display, stop
+                        )
                 after = measure("after", state, evaluator, display)
 
                 display.phase("exporting", total=None)
@@ -92,8 +102,12 @@ def run_steps(
     checkpoints: Checkpoints,
     session: Session,
     display: Display,
+    stop: Stop,
 ) -> TrainState:
-    """The loop itself: one compiled step; the next batch is read and placed while the device computes."""
+    """The loop itself: one compiled step; the next batch is read and placed while the device computes.
+
+    Once any process was asked to stop, all save the same step and raise Interrupted.
+    """
     first = int(state.step)
     if first >= steps:
         return state
@@ -104,22 +118,33 @@ def run_steps(
     session.note(compile_seconds=round(seconds, 3))
     display.note(f"compiled the train step in {seconds:.1f} s")
     display.phase("training", total=steps, done=first)
+    (stopping,) = highest([stop.signal])
+    if stopping:
+        raise Interrupted(stopping)
 
-    with open_trackers(evaluator.directory, after=first) as tracker:
+    watchdog = Watchdog(run.safeguards.hang_seconds, evaluator.directory.stacks)
+    with open_trackers(evaluator.directory, after=first) as tracker, watchdog:
         clock = time.perf_counter()
         for number in range(first + 1, steps + 1):
             state, metrics = step(state, program.frozen, batch)
             batch = next(batches, None)
             row = {"step": number, **to_numbers(metrics)}
+            watchdog.alive()
             row["tokens_per_second"] = row["tokens"] / max(time.perf_counter() - clock, 1e-9)
             if run.evaluate.every is not None and (number % run.evaluate.every == 0 or number == steps):
-                held_out = evaluator.held_out(state)
+                with watchdog.paused():
+                    held_out = evaluator.held_out(state)
                 row |= {} if held_out is None else {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
             tracker.log(row)
             display.advance(1, step_status(row))
-            if number % run.checkpoint.every == 0 or number == steps:
-                checkpoints.save(number, state)
-                session.note(last_step=number)
+            stopping, failed = highest([stop.signal, checkpoints.has_failed()])
+            with watchdog.paused():
+                if number == steps or stopping:
+                    checkpoints.finish(number, state, row)
+                elif failed or number % run.checkpoint.every == 0:
+                    checkpoints.save(number, state, row)
+            if stopping:
+                raise Interrupted(stopping)
             clock = time.perf_counter()
     return state
 
@@ -139,13 +164,27 @@ def to_numbers(metrics: Metrics) -> dict[str, float | int]:
     return {name: int(values[name]) if name.endswith("tokens") else values[name] for name in ordered}
 
 
+def open_checkpoints(
+    run: Run, directory: RunDirectory, data: RunData, source: pretrained.Source, session: Session, display: Display
+) -> Checkpoints:
+    """The run's checkpoints, each of which names the data and the base model that it belongs to."""
+    return Checkpoints(
+        directory.checkpoints,
+        Retention(run.checkpoint.keep, run.checkpoint.best),
+        {"data": data.digest, "base": source.digest},
+        run.checkpoint.retries,
+        display.note,
+        lambda step: session.note(last_step=step),
+    )
+
+
 def resume(
     directory: RunDirectory, checkpoints: Checkpoints, state: TrainState, program: Program, display: Display
 ) -> TrainState:
-    """The newest checkpoint's state; the given state where there is none."""
-    step = checkpoints.latest_step()
-    if step is None:
+    """The newest good checkpoint's state; the given state where the run has never saved any."""
+    restored = checkpoints.restore(state, program.mesh)
+    if restored is None:
+        directory.require_unsaved()
         return state
-    state = checkpoints.restore(step, state, program.mesh)
-    display.note(f"resuming after step {step} of {directory.path}")
-    return state
+    display.note(f"resuming after step {int(restored.step)} of {directory.path}")
+    return restored

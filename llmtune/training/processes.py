@@ -8,10 +8,11 @@ Checkpoints are not among it: there every process writes its part.
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
@@ -24,6 +25,13 @@ def wait_for_all(moment: str) -> None:
     """Until every process has come to `moment`: what the first writes next, no other still looks for."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(moment)
+
+
+def highest(values: Sequence[int]) -> list[int]:
+    """The highest of each value among all processes, known to all: what one of them was told, all act upon at the same step."""
+    if jax.process_count() == 1:
+        return list(values)
+    return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
 
 
 @contextlib.contextmanager

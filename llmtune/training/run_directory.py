@@ -1,13 +1,14 @@
 """The directory of a run: what belongs to it, and that nobody else's run is touched.
 
 config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
-                 (all but `sharding`: a run may go on, on other devices)
+                 (but for `sharding`, `checkpoint` and `safeguards`: a run may go on, on other devices)
 data.sha256      of the data files; a resumed run must see the same
 base.sha256      of the model that it began with (see `pretrained.Source.digest`), which checkpoints of an adapter refer to
 metrics.jsonl    an object per step
 tensorboard/     the same, for TensorBoard
 run.json         model, data, sessions: versions, devices, seconds, peak memory
-checkpoints/     Orbax
+checkpoints/     a directory per step, see llmtune.training.checkpoint
+hang.txt         stacks of all threads, of a session that hung
 evaluation.json  held-out loss, perplexity and sample generations before and after
 held_out/        losses and targets of each held-out example, before.npy and after.npy: what intervals are drawn from
 report.html      all of it on one page
@@ -20,13 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from llmtune.config import Run
 from llmtune.config.file import dump_run, flat, parse_yaml
-from llmtune.errors import LlmtuneConfigError
+from llmtune.errors import LlmtuneConfigError, LlmtuneError
 from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
+from llmtune.training.processes import is_first
+
+MAY_CHANGE = ("sharding", "checkpoint", "safeguards")  # sections that a resumed run may have otherwise
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Orbax steps."""
+        """A directory per step."""
         return self.path / "checkpoints"
 
     @property
@@ -69,6 +74,11 @@ class RunDirectory:
     def facts(self) -> Path:
         """What is true of the run beside its curve."""
         return self.path / "run.json"
+
+    @property
+    def stacks(self) -> Path:
+        """Where a process that hung says where."""
+        return self.path / ("hang.txt" if is_first() else f"hang-{jax.process_index()}.txt")
 
     @property
     def export(self) -> Path:
@@ -91,6 +101,15 @@ class RunDirectory:
     def read_facts(self) -> dict[str, Any]:
         """What run.json holds; nothing where there is none."""
         return json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.exists() else {}
+
+    def require_unsaved(self) -> None:
+        """Refuses a run that has saved steps, of which nothing is left: it would begin anew without a word."""
+        saved = max((own.get("last_step") or 0 for own in self.read_facts().get("sessions", [])), default=0)
+        if saved:
+            raise LlmtuneError(
+                f"{self.checkpoints}: the run was saved up to step {saved}, and no checkpoint is there; put them back, or "
+                "begin anew with another output"
+            )
 
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
@@ -147,7 +166,7 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
     except (OSError, UnicodeDecodeError):
         raise LlmtuneConfigError(f"output: {directory.config} cannot be read; choose another directory") from None
     there, here = flat(parse_yaml(written, str(directory.config))), flat(parse_yaml(text, "this run"))
-    keys = [key for key in {**there, **here} if not key.startswith("sharding")]
+    keys = [key for key in {**there, **here} if key.split(".")[0] not in MAY_CHANGE]
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
         shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:5])

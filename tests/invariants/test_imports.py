@@ -102,7 +102,7 @@ def test_one_port_to_other_peoples_formats():
 
 
 def test_one_module_knows_orbax():
-    assert {module for module, used in EDGES if used.split(".")[0] == "orbax"} == {"llmtune.training.checkpoint"}
+    assert {module for module, used in EDGES if used.split(".")[0] == "orbax"} == {"llmtune.training.checkpoint.arrays"}
 
 
 def test_no_other_framework_and_no_pickle():

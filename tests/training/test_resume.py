@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import llmtune
+from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from tests.runs import LORA_BY_DAY, curve, read_curve, run_config, write_rows
-from tests.training.interruption import train_until
+from tests.training.interruption import StoppingDisplay, train_until
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +113,39 @@ def test_a_directory_of_something_else_is_left_alone(stories, data, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(stories, data, tmp_path):
+def test_a_damaged_step_is_set_aside_and_the_one_before_is_gone_on_from(stories, data, tmp_path):
+    whole = curve(small_run(tmp_path, stories, data, "whole"))
     run = small_run(tmp_path, stories, data)
     train_until(run, 9)
-    files = [path for path in (tmp_path / "run/checkpoints/8").rglob("*") if path.is_file()]
-    assert files
-    for file in files:
-        file.write_bytes(b"")
-    with pytest.raises(LlmtuneError, match=r"checkpoints/8: the checkpoint cannot be restored.*delete that step"):
+    flip_a_bit(tmp_path / "run/checkpoints/8")
+    display = StoppingDisplay()
+    np.testing.assert_array_equal(curve(run, display=display)[0], whole[0])
+    assert "step 8 is damaged (bytes of its files have changed); it is kept as 8.corrupt" in display.text
+    assert "resuming after step 4 of" in display.text
+    assert (tmp_path / "run/checkpoints/8.corrupt/MANIFEST.json").is_file()
+
+
+def test_with_no_good_step_left_nothing_begins_anew(stories, data, tmp_path):
+    run = small_run(tmp_path, stories, data)
+    train_until(run, 9)
+    for step in ("4", "8"):
+        flip_a_bit(tmp_path / "run/checkpoints" / step)
+    before = read_curve(run.output)[0]
+    for reason in ("step 8: bytes of its files have changed; step 4: bytes", "4.corrupt from before; 8.corrupt from"):
+        with pytest.raises(LlmtuneError, match=rf"no checkpoint can be gone on from \({reason}"):
+            llmtune.train(run, devices=jax.devices()[:1])
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(LlmtuneError, match="was saved up to step 8, and no checkpoint is there"):
         llmtune.train(run, devices=jax.devices()[:1])
+    np.testing.assert_array_equal(read_curve(run.output)[0], before)
+
+
+def flip_a_bit(step):
+    """In the middle of its largest file."""
+    file = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def test_a_full_disk_is_one_clear_line(stories, data, tmp_path):
@@ -129,8 +154,9 @@ def test_a_full_disk_is_one_clear_line(stories, data, tmp_path):
     no_cache = "JAX_ENABLE_COMPILATION_CACHE=false"  # jax would warn that its own file does not fit either
     script = f"ulimit -f 200; {no_cache} exec {sys.executable} -m llmtune.cli train {tmp_path / 'run.yaml'}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == exit_codes.RETRY, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
     assert "saving a checkpoint failed" in done.stderr
+    assert done.stdout.count("it is tried again") == 1
     assert not (tmp_path / "run" / "export").exists()
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

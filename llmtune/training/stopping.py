@@ -53,17 +53,19 @@ class Stop:
             raise Interrupted(signum)
 
     def _hear(self, ear: socket.socket) -> None:
-        """In a thread, at once."""
-        while heard := ear.recv(1):
-            signum = heard[0]
-            if signum not in SIGNALS:
-                continue
-            if self.signal:
-                os._exit(128 + signum)
-            self.signal = signum
-            if self._deferred:
-                name = signal.Signals(signum).name
-                os.write(2, f"{name}: the step is finished and saved first; once more ends at once\n".encode())
+        """In a thread, at once; until the other end is closed."""
+        with ear:
+            while heard := ear.recv(1):
+                if heard[0] in SIGNALS:
+                    self._note(heard[0])
+
+    def _note(self, signum: int) -> None:
+        if self.signal:
+            os._exit(128 + signum)
+        self.signal = signum
+        if self._deferred:
+            name = signal.Signals(signum).name
+            os.write(2, f"{name}: the step is finished and saved first; once more ends at once\n".encode())
 
 
 @contextlib.contextmanager
@@ -82,4 +84,3 @@ def on_signals() -> Iterator[Stop]:
             signal.signal(own, handler)
         signal.set_wakeup_fd(before)
         mouth.close()
-        ear.close()

@@ -15,6 +15,7 @@ import llmtune
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from llmtune.export_command import add_export
+from llmtune.plan_command import add_plan
 
 if TYPE_CHECKING:
     from llmtune.model import Model
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     _add_convert(commands)
     add_export(commands)
+    add_plan(commands)
 
     inspect = commands.add_parser(
         "inspect",

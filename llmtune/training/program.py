@@ -66,8 +66,12 @@ class Program:
         It cannot be compiled a second time: other shapes are an error.
         """
         start = time.perf_counter()
-        compiled = jax.jit(self.step, donate_argnums=0).lower(state, self.frozen, batch).compile()
+        compiled = self.lower(state, batch).compile()
         return compiled, time.perf_counter() - start
+
+    def lower(self, state: TrainState, batch: dict[str, jax.Array]) -> jax.stages.Lowered:
+        """The train step traced for these shapes and layouts, which may be abstract; the state is donated."""
+        return jax.jit(self.step, donate_argnums=0).lower(state, self.frozen, batch)
 
 
 def build_program(

@@ -25,7 +25,13 @@ STANDS_ON = {  # room -> the rooms that it may import, besides itself and llmtun
     "llmtune.objectives": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},
     "checkpoints_convert": {"llmtune.models", "llmtune.weights"},
 }
-COMPOSERS = {"llmtune.training", "llmtune.planning", "llmtune.cli", "llmtune"}  # who may import llmtune.training
+COMPOSERS = {
+    "llmtune.training",
+    "llmtune.planning",
+    "llmtune.plan_command",
+    "llmtune.cli",
+    "llmtune",
+}  # who may import llmtune.training
 PORT = "llmtune.pretrained"
 FOREIGN = {
     "torch",

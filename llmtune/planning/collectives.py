@@ -1,0 +1,118 @@
+"""What a compiled program exchanges between devices: by kind, by mesh axis, in bytes.
+
+    all-gather  fsdp  225 of them  16.1 GB of results  15.1 GB over each device's links
+
+Wire bytes are those of a ring of g devices, per device: an all-gather, reduce-scatter or all-to-all of n bytes sends
+n (g - 1) / g, an all-reduce twice that, a permutation n. One exchange that the compiler spreads over several fusions (start,
+steps, done: all with one channel) counts once.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmtune.planning.hlo import Instruction, Module
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "s8": 8, "u8": 8}
+ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+MESH_GROUPS = re.compile(r"replica_groups=@?mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` exchanges of one kind over one set of mesh axes in a step: bytes of payload and on the wire, per device.
+
+    `axes` in the mesh's order, joined by `+`; `ways`: devices of one group.
+    """
+
+    kind: str
+    axes: str
+    ways: int
+    count: int
+    payload: int
+    wire: int
+
+
+def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
+    """All of a program for a mesh of these axes, the largest on the wire first."""
+    runs, once = module.runs(), {}
+    for name, computation in module.computations.items():
+        for instruction in computation.values() if name in runs else ():
+            kind = _kind(instruction.opcode)
+            if kind is not None:
+                channel = instruction.attribute("channel_id") or f"{name}/{instruction.name}"
+                times, found = runs[name], once.get(channel)
+                if found is None or found[0] < times:
+                    once[channel] = times, kind, instruction
+    sums: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for times, kind, instruction in once.values():
+        group = _group(instruction, math.prod(sizes))
+        ways = 2 if kind == "collective-permute" else len(group)
+        payload = _payload(kind, instruction, ways)
+        own = sums[kind, mesh_axes(group, axes, sizes), ways]
+        own[0] += times
+        own[1] += times * payload
+        own[2] += times * wire_bytes(kind, payload, ways)
+    rows = [Collective(*key, *values) for key, values in sums.items()]
+    return sorted((row for row in rows if row.ways > 1), key=lambda row: -row.wire)
+
+
+def wire_bytes(kind: str, payload: int, ways: int) -> int:
+    """Bytes that each device sends around a ring of `ways`."""
+    share = {"all-reduce": 2 * (ways - 1) / ways, "collective-permute": 1.0}.get(kind, (ways - 1) / ways)
+    return round(payload * share)
+
+
+def mesh_axes(group: Iterable[int], axes: Sequence[str], sizes: Sequence[int]) -> str:
+    """Along which axes of a mesh, its devices numbered in order, the members of a group differ."""
+    places = np.array(np.unravel_index(list(group), tuple(sizes)))
+    return "+".join(axis for axis, own in zip(axes, places, strict=True) if len(set(own.tolist())) > 1)
+
+
+def _kind(opcode: str) -> str | None:
+    base = opcode.removesuffix("-start")
+    return base if base in KINDS else None
+
+
+def _payload(kind: str, instruction: Instruction, ways: int) -> int:
+    """Bytes of the whole: what is gathered, what is reduced before it is scattered, what is sent."""
+    sizes = [_bytes(*found) for found in ARRAY.findall(instruction.shape)]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, contexts): the results
+        parts = len(instruction.operands)
+        sizes = sizes[parts : 2 * parts]
+    return sum(sizes) * (ways if kind == "reduce-scatter" else 1)
+
+
+def _bytes(dtype: str, dimensions: str) -> int:
+    bits = ITEM_BITS.get(dtype) or int(re.sub(r"^[suf](\d+).*", r"\1", dtype))
+    return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
+
+
+def _group(instruction: Instruction, devices: int) -> list[int]:
+    """The members of the first group."""
+    text = instruction.rest
+    if found := MESH_GROUPS.search(text):
+        names, sizes = zip(*(part.strip().strip("'").split("'=") for part in found[1].split(",")), strict=True)
+        chosen = [name.strip().strip("'") for name in found[2].split(",")]
+        order = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
+        index = tuple(slice(None) if name in chosen else 0 for name in names)
+        return order[index].reshape(-1).tolist()
+    if found := IOTA_GROUPS.search(text):
+        groups, dims = ([int(n) for n in found[n].split(",")] for n in (1, 2))
+        order = np.arange(math.prod(dims)).reshape(dims)
+        order = order.transpose([int(n) for n in found[3].split(",")]) if found[3] else order
+        return order.reshape(groups)[0].tolist()
+    if found := PAIRS.search(text):
+        pair = next((p for p in re.findall(r"\{(\d+),(\d+)\}", found[1]) if p[0] != p[1]), ("0", "0"))
+        return [int(n) for n in pair]
+    if found := LISTED_GROUPS.search(text):
+        return [int(n) for n in re.findall(r"\d+", found[1].split("}")[0])]
+    return list(range(devices))  # no groups: all devices

@@ -16,6 +16,7 @@ from checkpoints_convert.hf_names import Tensor, tensors
 from checkpoints_convert.placing import place, place_encoded
 from checkpoints_convert.safetensors_reader import Described, WeightDirectory, Weights, open_directory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
+from checkpoints_convert.stacks import depths, in_stacks
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.weights import Quantized, is_operator, path_name
@@ -77,9 +78,12 @@ def load_params(
     Where a weight is declared as quantised, its layers are encoded as they are read.
     """
     check_tensors(weights, config)
+    leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_operator)
+    cut = depths({path_name(path): weight for path, weight in leaves})
     by_path: dict[str, list[Tensor]] = {}
     for tensor in tensors(config):
-        by_path.setdefault(tensor.path, []).append(tensor)
+        own = in_stacks(tensor, cut)
+        by_path.setdefault(own.path, []).append(own)
 
     def load(path: tuple[Any, ...], weight: Any, layout: Any) -> Any:
         parts = by_path[path_name(path)]

@@ -4,6 +4,7 @@ Each file is written under a temporary name, synced and renamed; a directory app
 it is complete.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -74,18 +75,42 @@ def new_directory(path: Path, needed_bytes: int) -> Iterator[Path]:
             raise LlmtuneError(
                 f"{path}: {_size(needed_bytes)} are needed, {_size(free)} are free; make room, or choose another disk"
             )
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        with _alone(partial, path):
+            try:
+                yield partial
+                _sync_directory(partial)
+                if path.exists():
+                    path.rmdir()
+                os.rename(partial, path)
+                _sync_directory(path.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+
+@contextmanager
+def _alone(partial: Path, path: Path) -> Iterator[None]:
+    """An empty `partial` that no other process writes: what a killed one left is cleared, one at work is not disturbed.
+
+    The lock is on the directory itself and ends with its holder. A file system without locks goes without.
+    """
+    taken = LlmtuneError(f"{path}: another process is writing it; wait until it is done, or choose another directory")
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
         try:
-            yield partial
-            _sync_directory(partial)
-            if path.exists():
-                path.rmdir()
-            os.rename(partial, path)
-            _sync_directory(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        except OSError:
+            pass
+        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise taken  # it was completed, and took its name, between the two lines above
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_shards(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneConfigError
+from llmtune.shipped import resolve
 
 COMBINATIONS = ("cat", "svd", "linear", "ties", "dare", "ties_svd", "dare_svd")
 
@@ -115,7 +116,7 @@ def _quantize(options: argparse.Namespace) -> int:
         raise LlmtuneConfigError("export: --quantize takes one model or run, and no other option but --output")
     if options.output is None:
         raise LlmtuneConfigError("export: --output is missing; give a directory that does not exist yet")
-    path, output = Path(options.adapters[0]), Path(options.output)
+    path, output = resolve(options.adapters[0]), Path(options.output)
     model = path / "export" / "model" if (path / "export" / "model").is_dir() else path
     if model == path and (path / "export" / "adapter").is_dir():
         raise LlmtuneConfigError(

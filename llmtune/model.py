@@ -27,7 +27,7 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, default_mesh, load_strategy, make_mesh, put
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
-from llmtune.transforms import Transform, build, chain, identity, quantize
+from llmtune.transforms import Transform, build, chain, identity, quantize_each
 from llmtune.weights import materialize, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -136,16 +136,17 @@ def load(
         _check_dtype(dtype)
     if isinstance(adapters, (str, Path)):
         adapters = [adapters]
-    base, own, kept = _run_directory(Path(path)) or (str(path), [], identity)
-    source, on_top = pretrained.open_source(base), [*own, *adapters]
+    base = _run_directory(Path(path)) or Base(str(path))
+    source, own = pretrained.open_source(base.model), base.adapters
+    source = source.apart() if base.untied else source
     for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
         source = pretrained.fit_to_adapter(source, adapter)
         source = pretrained.as_exported(source, adapter)
     for adapter in adapters:
         source = pretrained.fit_to_adapter(source, adapter)
     graphdef, declared = declare(source.config)
-    declared = kept.apply(declared, kept.init(declared))
-    loaded = [pretrained.load_adapter(adapter, source.config) for adapter in on_top]
+    declared = base.kept.apply(declared, base.kept.init(declared))
+    loaded = [pretrained.load_adapter(adapter, source.config) for adapter in (*own, *adapters)]
     mesh, table = _layout(strategy, declared)
     home = source.tokenizer_directory
     tokenizer = None if home is None else load_tokenizer(home)
@@ -230,8 +231,18 @@ def divides(declared: Any, mesh: Mesh, strategy: Strategy) -> bool:
     return True
 
 
-def _run_directory(path: Path) -> tuple[str, list[Path], Transform] | None:
-    """(base model, adapters, how the base is kept) of a finished run of llmtune; None for any other directory."""
+@dataclass(frozen=True)
+class Base:
+    """What a model is read from; `kept`: how its matrices are quantised; `untied`: its head was parted from the embedding."""
+
+    model: str
+    adapters: tuple[Path, ...] = ()
+    kept: Transform = identity
+    untied: bool = False
+
+
+def _run_directory(path: Path) -> Base | None:
+    """What a finished run of llmtune made of its base; None for any other directory."""
     if not (path / "config.yaml").is_file() or (path / "config.json").exists():
         return None
     model, adapter = path / "export" / "model", path / "export" / "adapter"
@@ -240,13 +251,13 @@ def _run_directory(path: Path) -> tuple[str, list[Path], Transform] | None:
             f"{path}: this run has no export yet; let it finish (the same train command resumes it)"
         )
     if not adapter.is_dir():
-        return str(model), [], identity
+        return Base(str(model))
+    from llmtune.config.adapt import unties
     from llmtune.config.file import load_run
+    from llmtune.config.quantize import kept
 
     run = load_run(path / "config.yaml", ())
-    own = run.quantize
-    kept = identity if own is None else quantize(own.base, double=own.double, targets=own.targets)
-    return run.model, [adapter], kept
+    return Base(run.model, (adapter,), quantize_each(kept(run.quantize)), unties(run.adapt))
 
 
 def _rows(name: str, value: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:

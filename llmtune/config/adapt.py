@@ -44,8 +44,9 @@ class LowRankSection:
     rank_pattern: dict[str, int] = key("other ranks, e.g. {q_proj: 4}; its keys are written like targets", {})
     alpha_pattern: dict[str, float] = key("other alphas, likewise", {})
     layers: list[int] | None = key("only these layers are adapted, counted from 0; null: all", None)
-    initial: Literal["default", "pissa", "olora"] = key(
-        "factors begin with noise and zeros, or with a part of the weight: its largest singular values, or its QR",
+    initial: Literal["default", "gaussian", "pissa", "olora", "loftq"] = key(
+        "factors begin with noise (default: uniform, or gaussian) and zeros; or with a part of the weight: its largest singular "
+        "values (pissa), its QR (olora), or what the quantised base lacks of it (loftq)",
         "default",
     )
     untie: bool = key("give a tied head weights of its own, so that embed_tokens or lm_head can be adapted", False)
@@ -86,7 +87,9 @@ class Ia3:
 
     method: Literal["ia3"] = key("which transform", "ia3")
     targets: str | list[str] = key(TARGETS, ["k_proj", "v_proj", "down_proj"])
-    feedforward: str | list[str] = key("those of the targets whose input is stretched, not their output", ["down_proj"])
+    feedforward: str | list[str] | None = key(
+        "those of the targets whose input is stretched, not their output; null: down_proj, where it is a target", None
+    )
     modules_to_save: list[str] = key(SAVED, [])
     from_: str | None = key(FROM, None, alias="from")
 
@@ -125,6 +128,7 @@ class Full:
         "all, or names such as q_proj, embed_tokens, norm, or regular expressions on paths", "all"
     )
     freeze: list[str] = key("of those, what stays, written likewise", [])
+    freeze_layers: int | list[int] = key("layers that stay, counted from 0; or how many, from the lowest", 0)
 
     dropout: ClassVar[float] = 0.0
     modules_to_save: ClassVar[Sequence[str]] = ()
@@ -133,6 +137,8 @@ class Full:
     def check(self, require: Require, at: str) -> None:
         """What no single field can say."""
         require(bool(self.train), f"{at}.train", "no weight is given")
+        layers = [self.freeze_layers] if isinstance(self.freeze_layers, int) else self.freeze_layers
+        require(all(number >= 0 for number in layers), f"{at}.freeze_layers", f"{self.freeze_layers} must be 0 or more")
 
 
 Method = (  # the first is the default
@@ -161,6 +167,11 @@ def sections(adapt: Any) -> Sequence[Any]:
 def has_adapter(adapt: Any) -> bool:
     """Whether anything but the model's own weights trains, so that there is an adapter to export."""
     return any(not isinstance(section, Full) for section in sections(adapt))
+
+
+def unties(adapt: Any) -> bool:
+    """Whether a tied head gets weights of its own."""
+    return any(isinstance(section, LowRankSection) and section.untie for section in sections(adapt))
 
 
 def places(adapt: Any) -> list[tuple[str, Any]]:

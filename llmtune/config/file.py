@@ -279,4 +279,4 @@ def _prefixes(path: str) -> list[str]:
 
 def _is_branch(part: Any) -> bool:
     """Pydantic names the branch of a union in the location of an error."""
-    return isinstance(part, str) and (part in ("str", "DataSource") or part.startswith("list["))
+    return isinstance(part, str) and (part in ("str", "DataSource", "Quantize") or part.startswith("list["))

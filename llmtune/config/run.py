@@ -16,13 +16,13 @@ types and impossible combinations are refused with the key's path, before anythi
 from dataclasses import dataclass
 from typing import Literal
 
-from llmtune.config.adapt import METHODS, Adapt, check_adapt, places, sections
+from llmtune.config.adapt import METHODS, Adapt, LowRankSection, check_adapt, places, sections
 from llmtune.config.added import VirtualTokens
 from llmtune.config.checkpoint import Checkpoint, check_checkpoint
 from llmtune.config.data import Data, added_tokens, check_data, require_room
 from llmtune.config.key import key
 from llmtune.config.optimization import Optimizer, Train, check_optimization
-from llmtune.config.quantize import Quantize
+from llmtune.config.quantize import Quantize, check_loftq, check_quantize
 from llmtune.config.safeguards import Safeguards, check_safeguards
 from llmtune.errors import LlmtuneConfigError
 
@@ -56,7 +56,9 @@ class Run:
     adapt: Adapt | None = key(
         "a parameter transform, or a list of them; absent: full fine-tuning", None, methods=METHODS
     )
-    quantize: Quantize | None = key("the base in few bits; absent: as stored", None)
+    quantize: Quantize | list[Quantize] | None = key(
+        "the base in few bits, or a list of such sections; absent: as stored", None
+    )
     optimizer: Optimizer = key("optimizer", Optimizer())
     train: Train = key("training", Train())
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
@@ -80,7 +82,7 @@ def check(run: Run) -> None:
             "quantize",
             "a quantised base does not train; give an adapter (adapt), or leave it out",
         )
-        require(bool(run.quantize.targets), "quantize.targets", "no target is given")
+    check_quantize(run.quantize, require)
     check_adapt(run.adapt, require)
     added = added_tokens(run.data)
     require(
@@ -89,6 +91,8 @@ def check(run: Run) -> None:
         "an adapter that is continued keeps its vocabulary; leave the tokens out, or begin from a merged model",
     )
     for at, section in places(run.adapt):
+        if isinstance(section, LowRankSection) and section.initial == "loftq":
+            check_loftq(run.quantize, f"{at}.initial", require)
         if isinstance(section, VirtualTokens):
             require_room(section.virtual_tokens, run.data, f"{at}.virtual_tokens")
     check_safeguards(run.safeguards, require)

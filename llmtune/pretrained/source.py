@@ -24,11 +24,19 @@ from jax.sharding import Mesh
 from checkpoints_convert import companions, hf_config, hf_weights
 from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
+from checkpoints_convert.stacks import depths, placed
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
 from llmtune.sharding import Strategy, make_mesh, placed_by_compiler
 from llmtune.shipped import configs_directory, resolve
-from llmtune.transforms import refuse_without_dense, resize_vocabulary, weights_by_path, without_vocabulary_axis
+from llmtune.transforms import (
+    EMBEDDING,
+    HEAD,
+    refuse_without_dense,
+    resize_vocabulary,
+    weights_by_path,
+    without_vocabulary_axis,
+)
 from llmtune.weights import (
     Quantized,
     dense,
@@ -163,6 +171,8 @@ def load(
         params = load(tied, without, mesh, strategy, dtype=dtype, seed=seed, progress=progress)
         with strategy.active():
             head = jax.jit(placed_by_compiler(jnp.transpose, "embed", "vocab"))(params["embed"]["table"])
+            kernel = declared["head"]["kernel"]
+            head = jax.jit(kernel.encode)(head) if isinstance(kernel, Quantized) else head
         return {**params, "head": {**params["head"], "kernel": head}}
     if source.directory is None:
         return _drawn(declared, mesh, strategy, dtype, seed)
@@ -253,16 +263,18 @@ def save(
 
 
 def fetch_from(weights: Mapping[str, Any], base: hf_weights.Fetch | None = None) -> hf_weights.Fetch:
-    """(path, place in the stack) -> the dense matrix on the host; for `base` see `save`."""
+    """(path, place in a stack of all layers) -> the dense matrix on the host; for `base` see `save`."""
+    cut = depths(weights)
 
-    def fetch(name: str, place: tuple[int, ...]) -> np.ndarray:
+    def fetch(path: str, index: tuple[int, ...]) -> np.ndarray:
+        name, place = placed(path, index, cut)
         weight = weights[name]
         if len(place) == 2:
             weight = map_stacked(lambda leaf: _expert(leaf, place), weight)
         elif place:
             weight = layer(weight, place[0])
         if base is not None and has_codes(weight):
-            weight = on_another_base(jax.tree.map(on_host, weight), base(name, place))
+            weight = on_another_base(jax.tree.map(on_host, weight), base(path, index))
         return on_host(dense(weight) if is_operator(weight) else weight)
 
     return fetch
@@ -274,7 +286,11 @@ def stored_matrices(source: Source) -> hf_weights.Fetch:
         raise LlmtuneConfigError(
             f"{source.name}: a preset has no stored weights to merge into; merge into the dequantised"
         )
-    return hf_weights.stored_matrices(_weights(source, source.config), source.config)
+    if not source.untied:
+        return hf_weights.stored_matrices(_weights(source, source.config), source.config)
+    tied = replace(source.config, tie_word_embeddings=True)
+    fetch = hf_weights.stored_matrices(_weights(source, tied), tied)
+    return lambda path, place: fetch(EMBEDDING, place).T if path == HEAD else fetch(path, place)
 
 
 def on_host(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@
 A new method is a dataclass in `llmtune/config/adapt.py`, a transform in `llmtune/transforms`, and a row here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,10 @@ from llmtune.config.adapt import (
     Vera,
 )
 from llmtune.errors import LlmtuneConfigError
-from llmtune.models.config import ModelConfig
+from llmtune.training.freezing import stacks
 from llmtune.transforms import (
     INITIAL,
+    NOISE,
     Params,
     Transform,
     chain,
@@ -36,6 +38,7 @@ from llmtune.transforms import (
     full,
     fusion_of,
     ia3,
+    kaiming,
     lora,
     not_mergeable,
     p_tuning,
@@ -50,69 +53,75 @@ from llmtune.transforms import (
 )
 from llmtune.weights import beneath, is_adapter
 
-# (section, declared weights that it is applied to, what the model is) -> transform
-MakeTransform = Callable[[Any, Params, ModelConfig], Transform]
+# (section, declared weights that it is applied to, where the model comes from) -> transform
+MakeTransform = Callable[[Any, Params, pretrained.Source], Transform]
 
 
 def _low_rank(make: Callable[..., Transform]) -> MakeTransform:
     fields = ("rank", "alpha", "targets", "rslora", "dropout", "rank_pattern", "alpha_pattern", "layers")
 
-    def of_section(section: LowRankSection, declared: Params, config: ModelConfig) -> Transform:
-        del declared, config
-        return make(**{name: getattr(section, name) for name in fields}, initial=INITIAL.get(section.initial))
+    def of_section(section: LowRankSection, declared: Params, source: pretrained.Source) -> Transform:
+        del declared
+        return make(
+            **{name: getattr(section, name) for name in fields},
+            noise=NOISE.get(section.initial, kaiming),
+            initial=INITIAL.get(section.initial),
+            toward=pretrained.stored_matrices(source) if section.initial == "loftq" else None,
+        )
 
     return of_section
 
 
-def _ia3(section: Ia3, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _ia3(section: Ia3, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return ia3(targets=section.targets, feedforward=section.feedforward)
 
 
-def _vera(section: Vera, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _vera(section: Vera, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return vera(rank=section.rank, targets=section.targets, d_initial=section.d_initial, dropout=section.dropout)
 
 
-def _full(section: Full, declared: Params, config: ModelConfig) -> Transform:
-    del config
+def _full(section: Full, declared: Params, source: pretrained.Source) -> Transform:
     rules = [section.train] if isinstance(section.train, str) else section.train
     chosen = weights_by_path(declared) if rules == ["all"] else select_whole(declared, rules, key="adapt.train")
     stays = select_whole(declared, section.freeze, key="adapt.freeze")
-    left = [path for path in chosen if path not in stays]
+    cut = stacks([section], source.config.num_hidden_layers)
+    still = tuple(f"layers/{number}/" for number, stack in enumerate(cut) if stack.frozen)
+    left = [path for path in chosen if path not in stays and not path.startswith(still)]
     if not left:
-        raise LlmtuneConfigError("adapt.freeze: nothing is left to train; leave out a rule")
+        raise LlmtuneConfigError("adapt.freeze: nothing is left to train; leave out a rule, or a layer")
     return train_whole(left)
 
 
-def _prompt_tuning(section: PromptTuning, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _prompt_tuning(section: PromptTuning, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return prompt_tuning(virtual_tokens=section.virtual_tokens)
 
 
-def _p_tuning(section: PTuning, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _p_tuning(section: PTuning, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return p_tuning(virtual_tokens=section.virtual_tokens, encoder_hidden=section.encoder_hidden)
 
 
-def _prefix_tuning(section: PrefixTuning, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _prefix_tuning(section: PrefixTuning, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return prefix_tuning(virtual_tokens=section.virtual_tokens)
 
 
-def _sequential(section: Houlsby | Pfeiffer, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _sequential(section: Houlsby | Pfeiffer, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return sequential_adapters(section.method, size=section.size)
 
 
-def _parallel(section: ParallelAdapter, declared: Params, config: ModelConfig) -> Transform:
-    del declared, config
+def _parallel(section: ParallelAdapter, declared: Params, source: pretrained.Source) -> Transform:
+    del declared, source
     return parallel_adapters(size=section.size, scale=section.scale)
 
 
-def _fusion(section: AdapterFusion, declared: Params, config: ModelConfig) -> Transform:
+def _fusion(section: AdapterFusion, declared: Params, source: pretrained.Source) -> Transform:
     del declared
-    return fusion_of([pretrained.read_branches(path, config) for path in section.adapters])
+    return fusion_of([pretrained.read_branches(path, source.config) for path in section.adapters])
 
 
 DEFAULT = Lora.method
@@ -153,17 +162,11 @@ def choose_transform(
     transforms, whole, adapted = [], [], declared
     for number, section in enumerate(sections):
         at = f"adapt.{number}" if len(sections) > 1 else "adapt"
-        if section.from_ is not None:
-            adapter = pretrained.load_adapter(section.from_, source.config, dropout=section.dropout)
-            if section.method not in (DEFAULT, adapter.method):
-                raise LlmtuneConfigError(
-                    f"{at}.from: {section.from_} holds {adapter.method}; write method: {adapter.method}"
-                )
-            transforms.append(adapter.transform)
-            whole += adapter.whole
-        else:
-            transforms.append(METHODS[type(section)](section, adapted, source.config))
-        adapted = transforms[-1].apply(adapted, transforms[-1].init(adapted))
+        with _named(at):
+            transform, brought = _of_section(section, source, adapted)
+            adapted = transform.apply(adapted, transform.init(adapted))
+        transforms.append(transform)
+        whole += brought
         _refuse_twice(adapted, at)
     alone = not_mergeable(adapted)
     if alone is not None and len(sections) > 1:
@@ -174,6 +177,27 @@ def choose_transform(
     rules = [rule for section in sections if section.from_ is None for rule in section.modules_to_save]
     own = select_whole(declared, [*rules, *(("embed_tokens", "lm_head") if grown else ())])
     return Adaptation(chain(*transforms, train_whole(own)), tuple(dict.fromkeys([*whole, *own])), adapted)
+
+
+def _of_section(section: Any, source: pretrained.Source, adapted: Params) -> tuple[Transform, tuple[str, ...]]:
+    """The transform of one section, and the paths of the weights that the adapter it continues brings in whole."""
+    if section.from_ is None:
+        return METHODS[type(section)](section, adapted, source), ()
+    adapter = pretrained.load_adapter(section.from_, source.config, dropout=section.dropout)
+    if section.method not in (DEFAULT, adapter.method):
+        raise LlmtuneConfigError(f"adapt.from: {section.from_} holds {adapter.method}; write method: {adapter.method}")
+    return adapter.transform, adapter.whole
+
+
+@contextmanager
+def _named(at: str) -> Iterator[None]:
+    """What a transform says of `adapt`, said of the section that asked for it."""
+    try:
+        yield
+    except LlmtuneConfigError as error:
+        if not str(error).startswith("adapt."):
+            raise
+        raise LlmtuneConfigError(f"{at}.{str(error).removeprefix('adapt.')}") from None
 
 
 def _refuse_twice(adapted: Params, at: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llmtune import pretrained
 from llmtune.config import Run
+from llmtune.config.quantize import kept
 from llmtune.data import HostBatch, RunData, evaluation_batches
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
@@ -32,7 +33,7 @@ LENGTH = 128  # tokens of a row that are compared
 
 def merge_base(run: Run, source: pretrained.Source) -> Any:
     """The `base` of `pretrained.save` that the run asks for; None: what the codes decode to."""
-    original = run.quantize is not None and run.quantize.merge_into == "original"
+    original = any(own.merge_into == "original" for own in kept(run.quantize))
     return pretrained.stored_matrices(source) if original else None
 
 
@@ -40,12 +41,13 @@ def report_merge(
     run: Run, source: pretrained.Source, params: Any, program: Program, data: RunData, model: Path, display: Display
 ) -> dict[str, Any]:
     """Write merge.json, say it in a line, and give its content."""
-    assert run.quantize is not None
+    quantized = [{"base": own.base, "double": own.double, "targets": own.targets} for own in kept(run.quantize)]
+    merged_into = kept(run.quantize)[0].merge_into
     facts: dict[str, Any] = {
-        "merged_into": run.quantize.merge_into,
+        "merged_into": merged_into,
         "base": run.model,
         "base_sha256": source.digest,
-        "quantized": {"base": run.quantize.base, "double": run.quantize.double, "targets": run.quantize.targets},
+        "quantized": quantized,
         "logits": _moved(run, params, program, data, model),
     }
     if is_first():
@@ -57,7 +59,7 @@ def report_merge(
             f"on {moved['tokens']:,} tokens its logits lie {moved['rms']:.2g} (rms; {moved['largest']:.2g} at most) from those "
             f"of the trained model, KL {moved['kl']:.2g}, {moved['same_choice']:.1%} of the likeliest tokens are the same"
         )
-    display.note(f"merged into the {run.quantize.merge_into} base; {said}")
+    display.note(f"merged into the {merged_into} base; {said}")
     return facts
 
 

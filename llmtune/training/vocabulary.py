@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmtune import pretrained
 from llmtune.config import Run
-from llmtune.config.adapt import LowRankSection, sections
+from llmtune.config.adapt import sections, unties
 from llmtune.data import added_tokens
 from llmtune.errors import LlmtuneConfigError
 from llmtune.shipped import resolve
@@ -36,9 +36,8 @@ def settle_vocabulary(run: Run, source: pretrained.Source) -> tuple[pretrained.S
 
     Rows of the model's table beyond the tokenizer's tokens are taken by added tokens first.
     """
+    source = source.apart() if unties(run.adapt) else source
     for section in sections(run.adapt):
-        if isinstance(section, LowRankSection) and section.untie:
-            source = source.apart()
         if section.from_ is not None:
             source = pretrained.fit_to_adapter(source, section.from_)
     added, own = added_tokens(run), None if run.data.tokenizer is None else resolve(run.data.tokenizer)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from llmtune import pretrained
 from llmtune.config import Run, Sharding, require_room
 from llmtune.config.adapt import sections
+from llmtune.config.quantize import kept
 from llmtune.data import added_tokens
 from llmtune.model import build_params, divides
 from llmtune.models.config import ModelConfig
@@ -16,7 +17,8 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
 from llmtune.training.adapting import choose_transform
-from llmtune.transforms import Params, partition, quantize
+from llmtune.training.freezing import stacks
+from llmtune.transforms import Params, partition, quantize_each
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | N
 
 
 def declare_base(run: Run, config: ModelConfig) -> tuple[Any, Params]:
-    """The decoder's (graphdef, declared parameters), quantised where the run says so: what is loaded, and laid out."""
-    graphdef, declared = declare(config)
-    if run.quantize is None:
-        return graphdef, declared
-    own = quantize(run.quantize.base, double=run.quantize.double, targets=run.quantize.targets)
+    """The decoder's (graphdef, declared parameters), quantised, and cut into stacks, where the run says so.
+
+    It is what is loaded, and laid out.
+    """
+    cut = stacks(sections(run.adapt), config.num_hidden_layers)
+    graphdef, declared = declare(config, [stack.layers for stack in cut])
+    own = quantize_each(kept(run.quantize))
     return graphdef, own.apply(declared, own.init(declared))
 
 

@@ -8,10 +8,10 @@ from llmtune.transforms.ia3 import Gains, ia3, ia3_from
 from llmtune.transforms.initial import INITIAL, olora, pissa
 from llmtune.transforms.loftq import loftq
 from llmtune.transforms.lora import Factors, dora, lora, lora_from
-from llmtune.transforms.low_rank import LowRank
+from llmtune.transforms.low_rank import NOISE, LowRank, gaussian, kaiming
 from llmtune.transforms.merge import merge, not_mergeable, refuse_without_dense
 from llmtune.transforms.partition import adapters, combine, everything, partition
-from llmtune.transforms.quantize import quantize
+from llmtune.transforms.quantize import quantize, quantize_each
 from llmtune.transforms.select import EMBEDDING, HEAD, select, weights_by_path
 from llmtune.transforms.slots import fill, slots
 from llmtune.transforms.transform import Params, Transform, build, chain, full, identity
@@ -21,11 +21,11 @@ from llmtune.transforms.vocabulary import resize_vocabulary, without_vocabulary_
 from llmtune.transforms.whole import given_whole, select_whole, train_whole
 
 __all__ = [
-    "COMBINATIONS", "EMBEDDING", "HEAD", "INITIAL", "Factors", "Gains", "LowRank", "Params", "Projections", "Transform",
+    "COMBINATIONS", "EMBEDDING", "HEAD", "INITIAL", "NOISE", "Factors", "Gains", "LowRank", "Params", "Projections", "Transform",
     "Vectors", "adapters", "bank_of", "build", "chain", "change_rank", "choose_rows", "combine", "combine_adapters",
-    "dora", "everything", "fill", "full", "fusion_from", "fusion_of", "given_whole", "ia3", "ia3_from", "identity",
-    "loftq", "lora", "lora_from", "merge", "not_mergeable", "olora", "p_tuning", "parallel_adapters",
+    "dora", "everything", "fill", "full", "fusion_from", "fusion_of", "gaussian", "given_whole", "ia3", "ia3_from", "identity",
+    "kaiming", "loftq", "lora", "lora_from", "merge", "not_mergeable", "olora", "p_tuning", "parallel_adapters",
     "parallel_from", "partition", "pissa", "prefix_from", "prefix_tuning", "prompt_from", "prompt_tuning",
-    "quantize", "refuse_without_dense", "resize_vocabulary", "select", "select_whole", "sequential_adapters",
+    "quantize", "quantize_each", "refuse_without_dense", "resize_vocabulary", "select", "select_whole", "sequential_adapters",
     "sequential_from", "slots", "train_whole", "vera", "vera_from", "weights_by_path", "without_vocabulary_axis",
 ]  # fmt: skip

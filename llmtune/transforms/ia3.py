@@ -31,13 +31,21 @@ class Gains:
 def ia3(
     *,
     targets: str | Sequence[str] = ("k_proj", "v_proj", "down_proj"),
-    feedforward: str | Sequence[str] = ("down_proj",),
+    feedforward: str | Sequence[str] | None = None,
 ) -> Transform:
-    """Fresh gains of one. `feedforward`: those of the targets whose input is stretched."""
+    """Fresh gains of one. `feedforward`: those of the targets whose input is stretched; None: down_proj, where it is a target."""
 
     def sides(params: Params) -> dict[str, Side]:
+        chosen = select(params, targets)
+        if feedforward is None:
+            return {path: "in" if path.endswith("mlp/down/kernel") else "out" for path in chosen}
         inward = select(params, feedforward, key="adapt.feedforward") if feedforward else []
-        return {path: "in" if path in inward else "out" for path in select(params, targets)}
+        lone = [path for path in inward if path not in chosen]
+        if lone:
+            raise LlmtuneConfigError(
+                f"adapt.feedforward: {lone[0]} is not among adapt.targets; add it there, or leave it out here"
+            )
+        return {path: "in" if path in inward else "out" for path in chosen}
 
     def init(declared: Params) -> dict[str, dict[str, ArraySpec]]:
         weights = weights_by_path(declared)

@@ -3,16 +3,22 @@
     {"q": {"kernel": W}}   -->   {"q": {"kernel": LoRA(Q, a, b, scale)}}        Q + scale a b ~ W, where NF4 alone is Q ~ W
 
 Alternating, as algorithm 1 of arXiv:2310.08659 has it: quantise what the factors leave of W, then take the largest singular
-values of what the codes leave of it. It needs the 16-bit matrices, so it takes arrays, one stack at a time; a base that is
-encoded while it loads has them no longer.
+values of what the codes leave of it.
+
+    loftq       so many alternations, on arrays: it needs the 16-bit matrices in memory
+    approach    one alternation for a base that was encoded while it loaded: W is read again, a matrix at a time
+
+The codes of one alternation are those of W itself. So the base of a run is the quantised base that everybody has, and what is
+exported is a plain adapter for it.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmtune.errors import LlmtuneConfigError
 from llmtune.transforms.low_rank import LowRank, declare_factors, plan, wrap
@@ -21,6 +27,9 @@ from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import FORMATS, ArraySpec, LoRA, Quantized, is_operator
 
 Found = tuple[Quantized, jax.Array, jax.Array]
+Stored = Callable[
+    [str, tuple[int, ...]], np.ndarray
+]  # (path, place in the stack) -> the matrix [in, out] as it is stored
 
 
 def loftq(
@@ -53,6 +62,50 @@ def loftq(
     return Transform(init, apply, build)
 
 
+def require_codes(weights: Mapping[str, Any]) -> None:
+    """Raise LlmtuneConfigError naming the first weight that is not quantised: nothing is lacking there."""
+    for path, weight in weights.items():
+        if not isinstance(weight, Quantized):
+            raise LlmtuneConfigError(
+                f"adapt.initial: loftq makes up for codes, and {path} is not quantised; add it to quantize.targets, or leave it "
+                "out of adapt.targets"
+            )
+
+
+def approach(params: Params, additions: Mapping[str, Any], stored: Stored) -> dict[str, Any]:
+    """The additions, a and b being what the codes in `params` lack of the stored matrices. A scale of zero leaves zeros."""
+    weights, found = weights_by_path(params), {}
+    for path, own in additions.items():
+        weight, scale, a, b = weights[path], own["scale"], jnp.copy(own["a"]), jnp.copy(own["b"])
+        insert = _inserter(tuple(jax.typeof(factor).sharding.spec for factor in (a, b)), a.shape[-1])
+        for place in np.ndindex(scale.shape):
+            matrix = stored(path, place).astype(np.float32)
+            a, b = insert(a, b, weight, scale, matrix, np.asarray(place, np.int32))
+        found[path] = {**own, "a": a, "b": b}
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _inserter(layouts: tuple[Any, Any], rank: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(a, b, codes, scale, matrix, place) -> a and b with the factors of that one matrix in place, in the same memory."""
+
+    def insert(a: Any, b: Any, weight: Any, scale: Any, matrix: Any, place: Any) -> tuple[jax.Array, jax.Array]:
+        at = tuple(place[n] for n in range(scale.ndim))
+        one, share = jax.tree.map(lambda leaf: leaf[at], weight), scale[at]
+        first, second = _largest(matrix - one.decode_one(), rank)
+        root = jnp.where(share == 0, 0.0, jax.lax.rsqrt(jnp.where(share == 0, 1.0, share)))
+        return a.at[at].set(first * root), b.at[at].set(second * root)
+
+    return jax.jit(jax.sharding.auto_axes(insert, out_sharding=layouts), donate_argnums=(0, 1))  # type: ignore[reportCallIssue]
+
+
+def _largest(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """The largest singular values of [in, out], shared evenly: [in, rank], [rank, out]."""
+    u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(values[:rank])
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
 def _stored(path: str, weight: Any) -> Any:
     if is_operator(weight):
         raise LlmtuneConfigError(f"loftq: {path} is quantised or adapted already; it needs the stored matrix")
@@ -76,9 +129,7 @@ def alternate(
     """One float32 matrix [in, out] -> a [in, rank], b [rank, out], and the matrix whose codes are the base."""
     rest = w
     for left in reversed(range(iterations)):
-        u, values, v = jnp.linalg.svd(w - encode(rest).decode_one(), full_matrices=False)
-        root = jnp.sqrt(values[:rank])
-        a, b = u[:, :rank] * root, root[:, None] * v[:rank]
+        a, b = _largest(w - encode(rest).decode_one(), rank)
         if left:
             rest = w - jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     share = jax.lax.rsqrt(scale)

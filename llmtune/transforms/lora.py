@@ -20,6 +20,7 @@ import numpy as np
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.initial import Initial, start
+from llmtune.transforms.loftq import Stored, approach, require_codes
 from llmtune.transforms.low_rank import LowRank, Plan, declare_factors, only_layers, padded_ranks, plan, wrap
 from llmtune.transforms.select import EMBEDDING, weights_by_path
 from llmtune.transforms.transform import Params, Transform
@@ -43,17 +44,33 @@ class Factors:
 
 
 def lora(
-    *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", initial: Initial | None = None, **more: Any
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str] = "all-linear",
+    initial: Initial | None = None,
+    toward: Stored | None = None,
+    **more: Any,
 ) -> Transform:
-    """A fresh adapter; `more`: the other fields of `LowRank`. Without `initial` the model begins as it was, b being zero."""
-    return _fresh(LowRank(rank, alpha, targets, **more), initial, _low_rank_additions)
+    """A fresh adapter; `more`: the other fields of `LowRank`.
+
+    The model begins as it was, b being zero, or what `initial` finds being taken out of the base. With `toward` it begins
+    nearer to those matrices than its quantised base is (LoftQ).
+    """
+    return _fresh(LowRank(rank, alpha, targets, **more), initial, toward, _low_rank_additions)
 
 
 def dora(
-    *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear", initial: Initial | None = None, **more: Any
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str] = "all-linear",
+    initial: Initial | None = None,
+    toward: Stored | None = None,
+    **more: Any,
 ) -> Transform:
-    """A fresh adapter of which the columns' lengths are trained apart from their directions."""
-    return _fresh(LowRank(rank, alpha, targets, **more), initial, _dora_additions)
+    """A fresh adapter of which the columns' lengths are trained apart from their directions; all else as in `lora`."""
+    return _fresh(LowRank(rank, alpha, targets, **more), initial, toward, _dora_additions)
 
 
 def lora_from(factors: Mapping[str, Factors], *, rslora: bool, dropout: float = 0.0) -> Transform:
@@ -76,9 +93,13 @@ def lora_from(factors: Mapping[str, Factors], *, rslora: bool, dropout: float = 
     return Transform(init, apply, build)
 
 
-def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any, Plan], Specs]) -> Transform:
+def _fresh(
+    choice: LowRank, initial: Initial | None, toward: Stored | None, declare: Callable[[str, Any, Plan], Specs]
+) -> Transform:
     def init(declared: Params) -> dict[str, Specs]:
         weights, plans = weights_by_path(declared), plan(declared, choice)
+        if toward is not None:
+            require_codes({path: weights[path] for path in plans})
         return {path: declare(path, weights[path], own) for path, own in plans.items()}
 
     def make(path: str, base: Any, own: dict[str, Any], taken_out: Any = lambda own: own) -> Any:
@@ -92,6 +113,7 @@ def _fresh(choice: LowRank, initial: Initial | None, declare: Callable[[str, Any
 
     def build(params: Params, additions: Mapping[str, Any]) -> Params:
         begun = additions if initial is None else start(params, additions, initial)
+        begun = begun if toward is None else approach(params, begun, toward)
         params = wrap(params, begun, functools.partial(make, taken_out=_taken_out))
         return _measure(params, begun, magnitude=True)
 
@@ -104,7 +126,7 @@ def _taken_out(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _low_rank_additions(path: str, base: Any, own: Plan) -> Specs:
-    specs = declare_factors(path, base, own.rank, own.scale)
+    specs = declare_factors(path, base, own.rank, own.scale, noise=own.noise, key=own.key)
     return specs if own.adapted is None else only_layers(specs, own.adapted)
 
 

@@ -18,6 +18,23 @@ from llmtune.transforms.select import EMBEDDING, select, weights_by_path
 from llmtune.transforms.transform import Params
 from llmtune.weights import ArraySpec, Initializer, constant, is_operator, normal, path_name, uniform
 
+Noise = Callable[[int, int], Initializer]  # (in, rank) -> how a begins
+
+
+def kaiming(n_in: int, rank: int) -> Initializer:
+    """With slope sqrt(5), as peft draws it: within 1 / sqrt(in)."""
+    del rank
+    return uniform(n_in**-0.5)
+
+
+def gaussian(n_in: int, rank: int) -> Initializer:
+    """Of deviation 1 / rank, as peft's `init_lora_weights: gaussian` draws it."""
+    del n_in
+    return normal(1 / rank)
+
+
+NOISE: dict[str, Noise] = {"gaussian": gaussian}  # by the names that configurations use, where it is not the default
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -29,6 +46,7 @@ class LowRank:
     rank: int
     alpha: float
     targets: str | Sequence[str] = "all-linear"
+    noise: Noise = kaiming
     rslora: bool = False
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -38,11 +56,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one weight; `adapted`: which layers of the stack are, where not all."""
+    """Of one weight; `adapted`: which layers of the stack are, where not all; `key`: of the configuration, that says the rank."""
 
     rank: int
     scale: float
     adapted: tuple[bool, ...] | None
+    key: str
+    noise: Noise = kaiming
 
 
 def plan(declared: Params, choice: LowRank) -> dict[str, Plan]:
@@ -52,23 +72,27 @@ def plan(declared: Params, choice: LowRank) -> dict[str, Plan]:
     alphas = _by_rule(declared, choice.alpha_pattern, "adapt.alpha_pattern")
     plans = {}
     for path in select(declared, choice.targets):
-        rank, alpha = ranks.get(path, choice.rank), alphas.get(path, choice.alpha)
+        key, rank = ranks.get(path, ("adapt.rank", choice.rank))
+        _, alpha = alphas.get(path, ("adapt.alpha", choice.alpha))
         scale = alpha / math.sqrt(rank) if choice.rslora else alpha / rank
-        plans[path] = Plan(rank, scale, adapted_layers(path, weights[path], choice.layers))
+        plans[path] = Plan(rank, scale, adapted_layers(path, weights[path], choice.layers), key, choice.noise)
     return plans
 
 
-def declare_factors(path: str, base: Any, rank: int, scale: float) -> dict[str, ArraySpec]:
-    """A (Kaiming-uniform with slope sqrt(5), as peft draws it: within 1/sqrt(in)), b (zero) and scale.
+def declare_factors(
+    path: str, base: Any, rank: int, scale: float, *, noise: Noise = kaiming, key: str = "adapt.rank"
+) -> dict[str, ArraySpec]:
+    """A (noise), b (zero) and scale.
 
-    Of an embedding it is the other way round: a row of a is what a token adds.
+    Of an embedding it is the other way round: a row of a is what a token adds. A rank that does not fit is an error that
+    names `key`.
     """
     (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = base.shape, base.axes
     if rank < 1 or rank > min(n_in, n_out):
         raise LlmtuneConfigError(
-            f"adapt.rank: {rank} does not fit {path}, a matrix of {n_in} x {n_out}; choose 1 to {min(n_in, n_out)}"
+            f"{key}: {rank} does not fit {path}, a matrix of {n_in} x {n_out}; choose 1 to {min(n_in, n_out)}"
         )
-    first, second = (constant(0.0), normal(1.0)) if path == EMBEDDING else (uniform(n_in**-0.5), constant(0.0))
+    first, second = (constant(0.0), normal(1.0)) if path == EMBEDDING else (noise(n_in, rank), constant(0.0))
     return {
         "a": ArraySpec((*lead, n_in, rank), (*lead_axes, in_axis, "rank"), init=first),
         "b": ArraySpec((*lead, rank, n_out), (*lead_axes, "rank", out_axis), init=second),
@@ -119,9 +143,10 @@ def wrap(params: Params, additions: Mapping[str, Any], make: Callable[[str, Any,
     return jax.tree_util.tree_map_with_path(change, params, is_leaf=is_operator)
 
 
-def _by_rule(declared: Params, pattern: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _by_rule(declared: Params, pattern: Mapping[str, Any], key: str) -> dict[str, tuple[str, Any]]:
+    """{path: (the key of the first rule that matches it, its value)}."""
+    found: dict[str, tuple[str, Any]] = {}
     for rule, value in pattern.items():
         for path in select(declared, rule, key=f"{key}.{rule}"):
-            found.setdefault(path, value)
+            found.setdefault(path, (f"{key}.{rule}", value))
     return found

@@ -113,6 +113,15 @@ def test_a_directory_that_holds_something_is_refused_and_kept(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_a_directory_that_is_being_written_is_left_to_who_writes_it(tmp_path):
+    with new_directory(tmp_path / "out", 0) as partial:
+        (partial / "model.safetensors").write_text("half")
+        with pytest.raises(LlmtuneError, match="out: another process is writing it; wait"):
+            save(tmp_path / "out")
+        assert (partial / "model.safetensors").read_text() == "half"
+    assert tree(tmp_path / "out") == {"model.safetensors": b"half"}
+
+
 def test_what_a_killed_save_left_behind_does_not_get_into_the_next(tmp_path):
     leftover = tmp_path / ".out.partial"
     leftover.mkdir()

@@ -9,6 +9,7 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.models.decoder import declare
 from llmtune.training.adapting import METHODS as TRANSFORMS
 from llmtune.training.adapting import choose_transform, learning_rates
+from llmtune.training.freezing import stacks
 from llmtune.training.vocabulary import settle_vocabulary
 from llmtune.transforms import weights_by_path
 from llmtune.weights import Adapter, path_name
@@ -40,6 +41,13 @@ def test_a_method_by_name_adapts_and_only_that_trains(starter, method):
     assert trains == {path for path, weight in weights.items() if isinstance(weight, Adapter)} != set()
 
 
+def test_ia3_stretches_the_input_of_down_where_it_is_a_target(starter):
+    weights, trains = choose(starter, {"method": "ia3"})
+    assert {path.split("/")[-2]: weights[path].side for path in trains} == {"k": "out", "v": "out", "down": "in"}
+    weights, trains = choose(starter, {"method": "ia3", "targets": ["q_proj"]})
+    assert {path: weights[path].side for path in trains} == {"layers/0/attention/q/kernel": "out"}
+
+
 def test_sections_of_a_list_adapt_different_weights(starter):
     weights, trains = choose(starter, [
         {"rank": 4, "targets": "attention"},
@@ -69,10 +77,28 @@ def test_b_has_a_learning_rate_of_its_own(starter):
     assert learning_rates([])("head/kernel/b") == 1
 
 
+@pytest.mark.parametrize(
+    ("chosen", "cut"),
+    [(0, [(2, False)]), (1, [(1, True), (1, False)]), ([1], [(1, False), (1, True)]), ([0, 1], [(2, True)])],
+)
+def test_layers_that_stay_are_stacks_of_their_own(starter, chosen, cut):
+    section = run_of(starter, {"method": "full", "freeze_layers": chosen}).adapt
+    assert [(stack.layers, stack.frozen) for stack in stacks([section], 2)] == cut
+
+
 REFUSED = {
     "a rule of nothing": ({"targets": ["qq_proj"]}, "adapt.targets: 'qq_proj' matches no weight; nearest: q_proj"),
     "a pattern of nothing": ({"rank_pattern": {"qq_proj": 2}}, "adapt.rank_pattern.qq_proj: 'qq_proj' matches no weight"),
     "a rank beyond the matrix": ({"rank": 4096}, "adapt.rank: 4096 does not fit layers/0/"),
+    "a rank of a pattern beyond the matrix": ({"rank_pattern": {"q_proj": 999}}, "adapt.rank_pattern.q_proj: 999 does not fit"),
+    "a rank beyond the matrix, in a list": (
+        [{"targets": "attention"}, {"targets": "mlp", "rank": 999}], "adapt.1.rank: 999 does not fit layers/0/mlp/"),
+    "a pattern of nothing, in a list": (
+        [{"targets": "mlp", "alpha_pattern": {"x_proj": 1.0}}, {"targets": "attention"}],
+        "adapt.0.alpha_pattern.x_proj: 'x_proj' matches no weight"),
+    "a stretched input that is no target": (
+        {"method": "ia3", "targets": ["q_proj"], "feedforward": ["down_proj"]},
+        "adapt.feedforward: layers/0/mlp/down/kernel is not among adapt.targets"),
     "a layer that is not there": ({"layers": [0, 99]}, "adapt.layers: there is no layer 99 in"),
     "the table of a tied model": ({"targets": ["embed_tokens"]}, "or set untie: true"),
     "the head of a tied model": ({"targets": ["lm_head"]}, "or set untie: true"),
@@ -81,6 +107,10 @@ REFUSED = {
     "a stretched input of nothing": ({"method": "ia3", "feedforward": ["upp"]}, "adapt.feedforward: 'upp' matches no weight"),
     "one weight twice": ([{"targets": "attention"}, {"targets": "q_proj"}], "adapt.1: layers/0/attention/q/kernel has an"),
     "nothing left": ({"method": "full", "train": ["norm"], "freeze": ["norm"]}, "adapt.freeze: nothing is left to train"),
+    "a frozen layer that is not there": (
+        {"method": "full", "freeze_layers": [40]}, "adapt.freeze_layers: layer 40 is more than there are; the model has"),
+    "more frozen layers than there are": ({"method": "full", "freeze_layers": 40}, "adapt.freeze_layers: 40 layers are more"),
+    "a layer below the first": ({"method": "full", "freeze_layers": -1}, "adapt.freeze_layers: -1 must be 0 or more"),
     "full, of nothing": ({"method": "full", "train": ["pooler"]}, "adapt.train: 'pooler' names no weight"),
     "rates that differ": ([{"targets": "attention"}, {"targets": "mlp", "b_rate": 2.0}], "adapt.b_rate: sections differ"),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import llmtune
 from llmtune.errors import LlmtuneConfigError
-from llmtune.weights import NF4, ArraySpec
+from llmtune.weights import NF4, ArraySpec, Int4
 from tests.runs import curve, run_config, write_rows
 from tests.training.interruption import train_until
 
@@ -105,6 +105,26 @@ def test_a_run_that_begins_with_a_part_of_its_base_trains(stories, rows, tmp_pat
     assert np.isfinite(losses).all() and len(losses) == 3
 
 
+def test_a_base_of_two_formats_under_loftq_lies_nearer_to_the_stored_model(stories, rows, tmp_path):
+    """The rate of the first step is zero, so that the beginning is what is exported; and the run is read again."""
+    quantize = [{"base": "nf4", "targets": "q_proj"}, {"base": "int4", "targets": ["up_proj", "lm_head"]}]
+    adapt = {**ADAPT, "targets": ["q_proj", "up_proj"], "untie": True, "initial": "loftq"}
+    train = {"steps": 1, "batch_size": 4, "dtype": "float32"}
+    run = run_config(tmp_path, stories, rows, adapt=adapt, quantize=quantize, train=train)
+    llmtune.train(run, devices=jax.devices()[:1])
+    model, merged = (llmtune.load(tmp_path / "run" / own) for own in ("", "export/model"))
+    assert isinstance(model.params["head"]["kernel"], Int4) and not merged.config.tie_word_embeddings
+    stored = load_file(stories / "model.safetensors")
+    own = load_file(tmp_path / "run/export/model/model.safetensors")
+    for kind, name in ((NF4, "self_attn.q_proj"), (Int4, "mlp.up_proj")):
+        name = f"model.layers.2.{name}.weight"
+        matrix = stored[name].T.astype(np.float32)
+        codes = np.asarray(kind.declare(ArraySpec(matrix.shape, (None, None))).encode(matrix).dense())
+        assert np.linalg.norm(own[name].T - matrix) < 0.9 * np.linalg.norm(codes - matrix), name
+    tokens = np.arange(3, 67)[None]
+    np.testing.assert_allclose(model.logits(tokens), merged.logits(tokens), atol=1e-3)
+
+
 @pytest.mark.parametrize("into", ["dequantized", "original"])
 def test_the_merged_export_says_what_it_was_merged_into_and_what_that_moved(stories, rows, tmp_path, into):
     """The stored base plus the adapter, or the decoded one: tensor by tensor, and the logits that transformers finds."""
@@ -112,7 +132,7 @@ def test_the_merged_export_says_what_it_was_merged_into_and_what_that_moved(stor
     run = run_config(tmp_path, stories, rows, adapt=ADAPT, quantize={"base": "nf4", "merge_into": into}, train=train)
     llmtune.train(run, devices=jax.devices()[:1])
     said = json.loads((tmp_path / "run/export/model/merge.json").read_text())
-    assert said["merged_into"] == into and said["quantized"]["base"] == "nf4"
+    assert said["merged_into"] == into and said["quantized"][0]["base"] == "nf4"
     assert said["base"] == str(stories) and len(said["base_sha256"]) == 64
     assert json.loads((tmp_path / "run/run.json").read_text())["sessions"][-1]["merge"] == said
 
@@ -154,6 +174,18 @@ def test_what_is_refused(stories, rows, tmp_path):
         quantize={"base": "int8"}, adapt={"rank": 4, "targets": "mlp", "modules_to_save": ["q_proj"]}
     )
     assert "no target" in said(quantize={"targets": []})
+    assert "the list is empty" in said(quantize=[])
+    assert 'quantize.1.base: "nf5" is not' in said(quantize=[{"targets": "mlp"}, {"base": "nf5"}])
+    assert "quantize.1.targets: layers/0/attention/k/kernel is quantised" in said(
+        quantize=[{"targets": "attention"}, {}]
+    )
+    assert "merge_into differs" in said(
+        quantize=[{"targets": "mlp"}, {"targets": "attention", "merge_into": "original"}]
+    )
+    loftq = {**ADAPT, "initial": "loftq"}
+    assert "adapt.initial: loftq makes up for a quantised base" in said(adapt=loftq)
+    assert "merge into dequantized" in said(adapt=loftq, quantize={"merge_into": "original"})
+    assert "is not quantised; add it to" in said(adapt=loftq, quantize={"targets": "mlp"})
 
 
 def test_a_transform_refuses_what_is_quantised_already_and_what_carries_an_adapter(stories):

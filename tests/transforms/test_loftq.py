@@ -8,9 +8,10 @@ import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.sharding import REPLICATED, make_mesh
-from llmtune.transforms import adapters, build, chain, loftq, partition, quantize
-from llmtune.weights import ArraySpec, materialize
+from llmtune.sharding import REPLICATED, load_strategy, make_mesh
+from llmtune.shipped import configs_directory
+from llmtune.transforms import adapters, build, chain, loftq, lora, partition, quantize
+from llmtune.weights import ArraySpec, materialize, shardings
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 RANK, SHAPE = 4, (2, 128, 96)
@@ -46,6 +47,33 @@ def test_base_and_factors_are_theirs_layer_by_layer(iterations):
         np.testing.assert_allclose((dense - base)[layer].T, product, atol=1e-6)
         assert np.linalg.norm(dense[layer] - values[layer]) < np.linalg.norm(expected.T - values[layer])
     assert len(jax.tree.leaves(partition(made, adapters)[0])) == 2
+
+
+@pytest.mark.parametrize("strategy", ["one device", pytest.param("fsdp", marks=pytest.mark.nightly)])
+def test_a_base_encoded_while_it_loads_gets_the_factors_of_one_alternation(strategy):
+    """The codes stay those of the stored matrices; the second layer is not adapted."""
+    values = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32) * 0.02
+    table = REPLICATED if strategy == "one device" else load_strategy(strategy, configs_directory() / "strategies")
+    mesh = make_mesh({}, jax.devices()[:1]) if strategy == "one device" else make_mesh({"fsdp": 8, "tensor": 1})
+    toward = lambda path, place: values[place]  # noqa: E731
+    transform = lora(rank=RANK, alpha=8, targets="q_proj", layers=[0], toward=toward)
+    declared = quantize("nf4").apply(DECLARED, {})
+    with jax.set_mesh(mesh), table.active():
+        codes = declared["layers"]["0"]["attention"]["q"]["kernel"].encode(jnp.asarray(values))
+        layouts = shardings(declared, mesh, table)
+        params = jax.device_put({"layers": {"0": {"attention": {"q": {"kernel": codes}}}}}, layouts)
+        made = build(transform, params, materialize(transform.init(declared), jax.random.key(0), mesh, table))
+        weight = made["layers"]["0"]["attention"]["q"]["kernel"]
+        product = np.asarray(weight.a @ weight.b) * np.asarray(weight.scale)[:, None, None]
+        np.testing.assert_array_equal(weight.base.codes, codes.codes)
+    np.testing.assert_allclose(product[0].T, theirs(torch.tensor(values[0].T.copy()), 1)[1], atol=1e-6)
+    assert not product[1].any() and np.asarray(weight.a[0]).any()
+
+
+def test_what_is_not_quantised_is_refused():
+    transform = lora(rank=RANK, alpha=8, targets="q_proj", toward=lambda path, place: np.zeros(SHAPE[1:]))
+    with pytest.raises(LlmtuneConfigError, match=r"adapt\.initial: loftq makes up for codes, and layers/0"):
+        transform.init(DECLARED)
 
 
 def test_what_is_refused():

@@ -30,9 +30,7 @@ def rows(batches, tmp_path_factory):
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.nightly)])
-def test_frozen_layers_keep_their_bytes_and_the_others_train(
-    stories, rows, tmp_path, devices
-):
+def test_frozen_layers_keep_their_bytes_and_the_others_train(stories, rows, tmp_path, devices):
     """Of 5 layers the second and the third stay. The first loss is that of the model, whatever is cut out of its stack."""
 
     def run(name, **adapt):

@@ -191,7 +191,7 @@ def _read_method(given: Any, at: str, methods: Mapping[str, type]) -> Any:
 
 def dump_run(run: Run) -> str:
     """YAML that loads back to an equal run, every default written out."""
-    return yaml.dump(_plain(run), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(plain(run), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -221,15 +221,16 @@ def _leaves(hint: Any) -> list[Any]:
     return [leaf for part in getattr(hint, "__args__", ()) for leaf in _leaves(part)] or [hint]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A run, or a part of it, as mappings, lists and plain values."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if not dataclasses.is_dataclass(value):
         return value
     entries = (
         (entry.metadata.get("alias", entry.name), getattr(value, entry.name)) for entry in dataclasses.fields(value)
     )
-    return {name: _plain(own) for name, own in entries if not (own is None and name in ("adapt", "sharding"))}
+    return {name: plain(own) for name, own in entries if not (own is None and name in ("adapt", "sharding"))}
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:

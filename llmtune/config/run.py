@@ -10,6 +10,7 @@ types and impossible combinations are refused with the key's path, before anythi
      |- optimizer, train     config/optimization.py
      |- checkpoint           config/checkpoint.py
      |- safeguards           config/safeguards.py
+     |- tracking             config/tracking.py
      `- sharding, evaluate
 """
 
@@ -24,6 +25,7 @@ from llmtune.config.key import key
 from llmtune.config.optimization import Optimizer, Train, check_optimization
 from llmtune.config.quantize import Quantize, check_loftq, check_quantize
 from llmtune.config.safeguards import Safeguards, check_safeguards
+from llmtune.config.tracking import Tracking, check_tracking
 from llmtune.errors import LlmtuneConfigError
 
 
@@ -65,6 +67,7 @@ class Run:
     checkpoint: Checkpoint = key("checkpoints", Checkpoint())
     safeguards: Safeguards = key("against hangs and lost processes", Safeguards())
     evaluate: Evaluate = key("evaluation", Evaluate())
+    tracking: Tracking = key("tracking", Tracking())
 
 
 def check(run: Run) -> None:
@@ -75,6 +78,7 @@ def check(run: Run) -> None:
             raise LlmtuneConfigError(f"{path}: {said}")
 
     check_data(run.data, require)
+    check_tracking(run.tracking, require)
     check_optimization(run.optimizer, run.train, require)
     if run.quantize is not None:
         require(

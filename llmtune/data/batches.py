@@ -4,6 +4,7 @@ tokens        ids, 0 on padding (padding is known by segment_ids, never by id)
 labels        aligned with tokens; -100 where there is no loss, and on the first token of each document
 segment_ids   0 on padding, 1.. for the documents of a row
 positions     index within the document
+source_ids    of a mixture of several sources: which one a token is of, 0 on padding too
 """
 
 from collections.abc import Iterator
@@ -62,6 +63,13 @@ class BatchSource:
             )
         return self.plans[epoch]
 
+    def epoch(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        index, epoch = step * self.batch_size, 0
+        while index >= len(plan := self._plan(epoch)):
+            index, epoch = index - len(plan), epoch + 1
+        return epoch + index / len(plan)
+
     def rows_in(self, epochs: float) -> int:
         """Rows of that many epochs, rounded up."""
         whole = int(epochs)
@@ -74,6 +82,8 @@ def assemble(rows: list[np.ndarray], dataset: Dataset, sequence_length: int) -> 
     shape = (len(rows), sequence_length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     batch["labels"] = np.full(shape, IGNORED, np.int32)
+    if len(dataset.sizes) > 1:
+        batch["source_ids"] = np.zeros(shape, np.int32)
     for r, examples in enumerate(rows):
         at = 0
         for segment, example in enumerate(examples.tolist(), 1):
@@ -84,6 +94,8 @@ def assemble(rows: list[np.ndarray], dataset: Dataset, sequence_length: int) -> 
             batch["labels"][r, at] = IGNORED
             batch["segment_ids"][r, span] = segment
             batch["positions"][r, span] = np.arange(len(ids))
+            if len(dataset.sizes) > 1:
+                batch["source_ids"][r, span] = dataset.source(example)
             at += len(ids)
     return batch
 

@@ -34,7 +34,8 @@ class Counts:
 class Dataset:
     """Example i is `input_ids[offsets[i]:offsets[i + 1]]` with `labels` alike, both int32.
 
-    `mixture` says how often an epoch has each example; None: once.
+    `mixture` says how often an epoch has each example; None: once. `sizes`: examples of each source; sources lie one after
+    the other; () where nobody asked whose is whose.
     """
 
     input_ids: np.ndarray
@@ -42,6 +43,7 @@ class Dataset:
     offsets: np.ndarray
     counts: Counts
     mixture: Mixture | None = None
+    sizes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,6 +52,10 @@ class Dataset:
     def lengths(self) -> np.ndarray:
         """Tokens of each example."""
         return np.diff(self.offsets)
+
+    def source(self, index: int) -> int:
+        """Which source an example is of."""
+        return int(np.searchsorted(np.cumsum(self.sizes), index, side="right"))
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of one example."""
@@ -85,7 +91,7 @@ def join(datasets: Sequence[Dataset], mixture: Mixture | None) -> Dataset:
     counts = Counts(*(sum(getattr(own.counts, entry.name) for own in datasets) for entry in fields(Counts)))
     offsets = np.cumsum([0, *itertools.chain.from_iterable(own.lengths.tolist() for own in datasets)])
     ids, labels = (np.concatenate([getattr(own, name) for own in datasets]) for name in ("input_ids", "labels"))
-    return Dataset(ids, labels, offsets, counts, mixture)
+    return Dataset(ids, labels, offsets, counts, mixture, tuple(map(len, datasets)))
 
 
 def _fit(example: Example, limit: int, too_long: str, counts: Counts) -> Iterator[Example]:

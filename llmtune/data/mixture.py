@@ -10,7 +10,9 @@ weight * (e + 1) passes. So no example comes a second time before all have come 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +37,12 @@ class Mixture:
                 strict=True,
             )
         ])  # fmt: skip
+
+
+def short_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """`chats` of `data/chats.jsonl.gz`; where several would be called the same, a number follows."""
+    stems = [Path(path).name.split(".")[0] or path for path in paths]
+    return tuple(stem if stems.count(stem) == 1 else f"{stem}-{n}" for n, stem in enumerate(stems, 1))
 
 
 def _stream(size: int, begin: int, end: int, key: tuple[int, int] | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from llmtune.data.dataset import Dataset, join
 from llmtune.data.files import files_digest
 from llmtune.data.first_row import Look, look_at
 from llmtune.data.formats import instruction_prompt, uses_template
-from llmtune.data.mixture import Mixture
+from llmtune.data.mixture import Mixture, short_names
 from llmtune.data.sources import Reading, SourceReport, Tick
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.models.config import ModelConfig
@@ -37,6 +37,11 @@ class RunData:
     sources: tuple[SourceReport, ...] = ()
     template: ChatTemplate | None = None
     look: Look = field(default_factory=Look)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of the training sources, in short, each another."""
+        return short_names([source.path for source in self.sources if source.key == "data.train"])
 
     def source(self, run: Run, steps: int, process: int = 0, processes: int = 1) -> BatchSource:
         """The run's training batches."""

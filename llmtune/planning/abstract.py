@@ -22,7 +22,7 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import Strategy
 from llmtune.training.adapting import choose_transform
-from llmtune.training.program import Program, assemble, row_multiple
+from llmtune.training.program import Program, assemble, batch_names, row_multiple
 from llmtune.training.state import TrainState
 from llmtune.training.weights import Weights, declare_base
 from llmtune.transforms import partition
@@ -53,7 +53,7 @@ def abstract_program(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
     state = TrainState(step, weights.trainable, moments)
     layout = NamedSharding(mesh, strategy.spec("batch", "seq"))
     rows = jax.ShapeDtypeStruct((run.train.batch_size, run.data.sequence_length), jnp.int32, sharding=layout)
-    return program, Inputs(weights, state, dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), rows))
+    return program, Inputs(weights, state, dict.fromkeys(batch_names(run), rows))
 
 
 def abstract_weights(run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy) -> Weights:

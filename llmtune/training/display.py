@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llmtune.redaction import redact
+
 QUIET_SECONDS = 10.0  # between two plain lines where there is no terminal
 
 
@@ -40,8 +42,8 @@ class Display:
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self._progress.console.print(text, markup=False)
+        """A line that stays, without secrets."""
+        self._progress.console.print(redact(text), markup=False)
 
     def phase(self, name: str, total: int | None, done: int = 0) -> None:
         """A new bar in place of the one before: `total` steps (None: unknown), `done` of them already."""
@@ -64,8 +66,10 @@ class Display:
 
 
 def step_status(row: dict[str, Any]) -> str:
-    """`loss 2.312  grad 0.87  lr 1.9e-04  1,234 tok/s`."""
+    """`loss 2.312  grad 0.87  lr 1.9e-04  1,234 tok/s  MFU 43.1 %`; what is not known is left out."""
+    mfu = f"  MFU {row['mfu']:.1%}".replace("%", " %") if "mfu" in row else ""
+    skipped = f"  {row['skipped_steps']} skipped" if row.get("skipped_steps") else ""
     return (
         f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
-        f"{row['tokens_per_second']:,.0f} tok/s"
+        f"{row['tokens_per_second']:,.0f} tok/s{mfu}{skipped}"
     )

@@ -39,12 +39,16 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class Session:
-    """This call of `llmtune train`. As a context manager it learns how the call ends: finished, interrupted or failed."""
+    """This call of `llmtune train`. As a context manager it learns how the call ends: finished, interrupted or failed.
+
+    `began`: when the first one did, in seconds since 1970.
+    """
 
     def __init__(self, directory: RunDirectory, run_facts: Facts, own: Facts):
         self._path, self._clock = directory.facts, time.monotonic()
         self._own = {"started": _now(), "ended": None, "outcome": "running", **own}
         earlier = directory.read_facts().get("sessions", [])
+        self.began = datetime.fromisoformat((earlier or [self._own])[0]["started"]).timestamp()
         self._facts = {**run_facts, "sessions": [*earlier, self._own]}
 
     def note(self, **facts: Any) -> None:

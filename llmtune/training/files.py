@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmtune.errors import LlmtuneError
+from llmtune.redaction import redact
 
 
 @contextlib.contextmanager
@@ -24,12 +25,15 @@ def written_plainly(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file appears complete or not at all; a failure leaves what was there before, and nothing beside it."""
+    """The file appears complete or not at all; a failure leaves what was there before, and nothing beside it.
+
+    Secrets are taken out of the text.
+    """
     partial = path.with_name(path.name + ".partial")
     with written_plainly(path):
         try:
             with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+                file.write(redact(text))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

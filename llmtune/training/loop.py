@@ -1,6 +1,5 @@
 """A training run, as a story read from top to bottom: data, mesh, weights, step, loop, export."""
 
-import time
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report
 from llmtune.sharding import Devices
+from llmtune.tracking import require_installed
 from llmtune.training.announcements import Summary, conclude, describe
 from llmtune.training.checkpoint.checkpoints import Checkpoints
 from llmtune.training.checkpoint.retention import Retention
@@ -21,13 +21,13 @@ from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
 from llmtune.training.merging import merge_base, report_merge
+from llmtune.training.meter import Meter
 from llmtune.training.processes import highest, is_first, wait_for_all, written_once
 from llmtune.training.program import Program, build_program
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
-from llmtune.training.step import Metrics
 from llmtune.training.stopping import Interrupted, Stop
-from llmtune.training.tracking import open_trackers
+from llmtune.training.trackers import open_trackers
 from llmtune.training.vocabulary import settle_vocabulary
 from llmtune.training.watchdog import Watchdog
 from llmtune.training.weights import choose_layout, declare_base
@@ -46,6 +46,7 @@ def train(
     with display or Display(None if is_first() else Console(quiet=True)) as display:
         source, vocabulary = settle_vocabulary(run, pretrained.open_source(run.model))
         display.phase("tokenising", total=None)
+        require_installed(run.tracking.to)
         data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
 
@@ -113,6 +114,10 @@ def run_steps(
         return state
     rows = data.source(run, steps, jax.process_index(), jax.process_count())
     batches = map(program.place, read_batches(rows, first))
+
+    def position(step: int) -> dict[str, Any]:
+        return {"epoch": rows.epoch(step)}
+
     batch: Any = next(batches)
     step, seconds = program.compile(state, batch)
     session.note(compile_seconds=round(seconds, 3))
@@ -123,14 +128,13 @@ def run_steps(
         raise Interrupted(stopping)
 
     watchdog = Watchdog(run.safeguards.hang_seconds, evaluator.directory.stacks)
-    with open_trackers(evaluator.directory, after=first) as tracker, watchdog:
-        clock = time.perf_counter()
+    with open_trackers(run, evaluator.directory, first, display.note) as tracker, watchdog:
+        meter = Meter(program.work, data.source_names, position, evaluator.directory.metrics.seconds(), session.began)
         for number in range(first + 1, steps + 1):
             state, metrics = step(state, program.frozen, batch)
             batch = next(batches, None)
-            row = {"step": number, **to_numbers(metrics)}
+            row = meter.row(number, metrics)
             watchdog.alive()
-            row["tokens_per_second"] = row["tokens"] / max(time.perf_counter() - clock, 1e-9)
             if run.evaluate.every is not None and (number % run.evaluate.every == 0 or number == steps):
                 with watchdog.paused():
                     held_out = evaluator.held_out(state)
@@ -145,7 +149,7 @@ def run_steps(
                     checkpoints.save(number, state, row)
             if stopping:
                 raise Interrupted(stopping)
-            clock = time.perf_counter()
+            meter.start()
     return state
 
 
@@ -155,13 +159,6 @@ def measure(moment: str, state: TrainState, evaluator: Evaluator, display: Displ
         return evaluator.recorded(moment)
     display.phase("evaluating", total=None)
     return evaluator.record(moment, state)
-
-
-def to_numbers(metrics: Metrics) -> dict[str, float | int]:
-    """Device scalars as Python numbers; counts of tokens as integers."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    ordered = sorted(values, key=lambda name: (name != "loss", name))
-    return {name: int(values[name]) if name.endswith("tokens") else values[name] for name in ordered}
 
 
 def open_checkpoints(

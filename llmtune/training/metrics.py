@@ -33,3 +33,7 @@ class MetricsFile:
         """Drop what was written after `step`: those updates are about to be done again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def seconds(self) -> float:
+        """Spent on the steps that are in it."""
+        return sum(row.get("seconds", 0.0) for row in self.rows())

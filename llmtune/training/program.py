@@ -18,8 +18,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
-from llmtune.config import Run
-from llmtune.config.adapt import sections
+from llmtune.config import Run, sources_of
+from llmtune.config.adapt import has_adapter, sections
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
@@ -30,7 +30,9 @@ from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState, init_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
+from llmtune.training.utilization import Work, model_work, with_pairs
 from llmtune.training.weights import Weights, prepare_weights
+from llmtune.transforms import combine
 
 HEAD_CHUNK = {"cpu": 32}  # tokens of a row whose logits are held at a time: on a CPU they should stay in its caches
 OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
@@ -40,7 +42,8 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 class Program:
     """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
 
-    `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with.
+    `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with;
+    `work`: the FLOPs of a step.
     """
 
     mesh: Mesh
@@ -52,6 +55,7 @@ class Program:
     row_multiple: int
     whole: tuple[str, ...]
     virtual_tokens: int
+    work: Work
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
         """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
@@ -100,20 +104,31 @@ def assemble(
         remat=POLICIES[run.train.remat],
         head_chunk=HEAD_CHUNK.get(mesh.devices.flat[0].platform, 512),
     )
+    config = bind(combine(weights.trainable, weights.frozen)).decoder().config
     training = functools.partial(bind, packed=run.data.packing)  # held-out rows are packed in nearly any run
+    sources = len(sources_of(run.data.train))
     objective = OBJECTIVES[run.objective]
+    objective = functools.partial(objective, sources=sources) if sources > 1 else objective
+    step = make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches, run.train.seed)
     program = Program(
         mesh,
         strategy,
         bind,
         weights.frozen,
-        make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches, run.train.seed),
+        with_pairs(step, config),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         row_multiple(run, mesh, strategy),
         weights.whole,
         weights.virtual_tokens,
+        model_work(config, weights.trainable, mesh.devices, adapted=has_adapter(run.adapt)),
     )
     return program, optimizer
+
+
+def batch_names(run: Run) -> tuple[str, ...]:
+    """What a batch of the run holds, each int32 [batch, seq]."""
+    mixed = len(sources_of(run.data.train)) > 1
+    return ("tokens", "labels", "segment_ids", "positions", *(("source_ids",) if mixed else ()))
 
 
 def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:

@@ -1,7 +1,7 @@
 """The directory of a run: what belongs to it, and that nobody else's run is touched.
 
 config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
-                 (but for `sharding`, `checkpoint` and `safeguards`: a run may go on, on other devices)
+                 (but for `sharding`, `checkpoint`, `safeguards` and `tracking`: a run may go on, on other devices)
 data.sha256      of the data files; a resumed run must see the same
 base.sha256      of the model that it began with (see `pretrained.Source.digest`), which checkpoints of an adapter refer to
 metrics.jsonl    an object per step
@@ -27,11 +27,12 @@ import numpy as np
 from llmtune.config import Run
 from llmtune.config.file import dump_run, flat, parse_yaml
 from llmtune.errors import LlmtuneConfigError, LlmtuneError
+from llmtune.redaction import redact
 from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
 from llmtune.training.processes import is_first
 
-MAY_CHANGE = ("sharding", "checkpoint", "safeguards")  # sections that a resumed run may have otherwise
+MAY_CHANGE = ("sharding", "checkpoint", "safeguards", "tracking")  # sections that a resumed run may have otherwise
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
     """
     directory = RunDirectory(Path(run.output).absolute())
     if directory.config.exists():
-        _refuse_another_run(directory, dump_run(run))
+        _refuse_another_run(directory, redact(dump_run(run)))
         for path, digest, what in (
             (directory.data, data_digest, "other data (its files have"),
             (directory.base, base_digest, f"another base model (the files of {run.model} have"),

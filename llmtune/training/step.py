@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
 from llmtune.sharding import Strategy, spec
+from llmtune.training.norms import norms_by_part
 from llmtune.training.state import TrainState
 from llmtune.transforms import combine
 from llmtune.weights import with_dropout_keys
@@ -35,10 +36,10 @@ def make_train_step(
     microbatches: int,
     seed: int = 0,
 ) -> TrainStep:
-    """Metrics, scalars: `loss`, `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `target_tokens`.
+    """Metrics, scalars: `loss`, `grad_norm` (before clipping; also by part), `learning_rate`, `tokens`, `target_tokens`.
 
-    And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts. What dropout drops follows from
-    (seed, step, microbatch, weight).
+    And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts. `tokens` are without padding. What
+    dropout drops follows from (seed, step, microbatch, weight).
     """
 
     def sums(trainable: Any, frozen: Any, key: jax.Array, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -58,6 +59,7 @@ def make_train_step(
         metrics = {
             "loss": loss / total,
             "grad_norm": optax.tree.norm(grads),
+            **norms_by_part(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": (batch["segment_ids"] > 0).sum(),
             "target_tokens": weight,

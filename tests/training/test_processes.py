@@ -12,9 +12,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import llmtune
-from llmtune.training import tracking
+from llmtune.config import Run
+from llmtune.config.data import Data
 from llmtune.training.processes import own_rows, written_once
 from llmtune.training.run_directory import RunDirectory
+from llmtune.training.trackers import open_trackers
 from tests.runs import read_curve, run_config
 
 PROCESS = """
@@ -40,7 +42,8 @@ def test_processes_share_the_rows_of_a_batch(monkeypatch):
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_first_process_alone_writes(monkeypatch, tmp_path, index):
     be(monkeypatch, index)
-    with tracking.open_trackers(RunDirectory(tmp_path), after=0) as tracker:
+    run = Run("model", "run", Data("rows.jsonl"))
+    with open_trackers(run, RunDirectory(tmp_path), 0, print) as tracker:
         tracker.log({"step": 1, "loss": 2.0})
     assert sorted(path.name for path in tmp_path.iterdir()) == ([] if index else ["metrics.jsonl", "tensorboard"])
     with written_once(tmp_path / "export") as export:

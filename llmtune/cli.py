@@ -4,11 +4,13 @@ Heavy imports happen inside the commands, so that `llmtune --help` is immediate.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import llmtune
@@ -64,11 +66,31 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="fine-tune a model as a YAML file says",
         description="Fine-tune a model as a YAML file says. The same command on its own run directory resumes it.",
-        usage="llmtune train CONFIG.yaml [--section.key VALUE ...]",
+        usage="llmtune train CONFIG.yaml [--section.key VALUE ...] [--supervise] [--processes N]",
         epilog=_keys_epilog,  # type: ignore[arg-type]
         formatter_class=_LazyEpilog,
     )
     train.add_argument("config", metavar="CONFIG.yaml", help="the run; configs/recipes holds examples")
+    train.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the run again when something around it ends it (docs/reliability.md)",
+    )
+    train.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="R",
+        help="with --supervise: give up after so many in a row without a new checkpoint; default 3",
+    )
+    train.add_argument(
+        "--processes",
+        default=None,
+        metavar="N",
+        help="of one run: with --supervise all on this machine; auto: those of a TPU pod or of a Slurm, MPI or Kubernetes job",
+    )
+    train.add_argument("--process", type=int, default=None, metavar="I", help="which of the N this is, from 0")
+    train.add_argument("--coordinator", default=None, metavar="HOST:PORT", help="of process 0, a free port there")
     train.set_defaults(
         run=_train, takes_overrides=True, interrupted="; the same command resumes from the last checkpoint"
     )
@@ -200,18 +222,52 @@ def _keys_epilog() -> str:
 
 def _train(options: argparse.Namespace) -> int:
     from llmtune.config.file import load_run
-
-    overrides = list(options.overrides)
-    run = load_run(options.config, overrides)
-    from llmtune.training.loop import train
     from llmtune.training.stopping import on_signals
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
-    threading.excepthook = lambda _: None  # likewise
-    sys.unraisablehook = _print_unraisable
+    run = load_run(options.config, list(options.overrides))
+    processes = _processes(options)
     with on_signals() as stop:
-        train(run, stop=stop)
-    return 0
+        if options.supervise:
+            from llmtune.training.supervisor import Supervisor
+
+            arguments, grace = [options.config, *options.overrides], run.safeguards.heartbeat_seconds + 10
+            return Supervisor(arguments, Path(run.output), processes or 1, options.restarts, grace).run(stop)
+        from llmtune.training.joining import Place, end_with_parent, join
+        from llmtune.training.loop import train
+
+        end_with_parent()
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of what it then raises
+        threading.excepthook = lambda _: None  # likewise
+        sys.unraisablehook = _print_unraisable
+        alone = options.processes is None or processes == 1
+        place = Place(options.coordinator, processes, options.process)
+        with contextlib.nullcontext() if alone else join(place, run.safeguards.heartbeat_seconds):
+            train(run, stop=stop)
+    return exit_codes.DONE
+
+
+def _processes(options: argparse.Namespace) -> int | None:
+    """How many were asked for; None for auto, and where nothing was said. Refuses what does not go together."""
+    given = options.processes
+    if given in (None, "auto"):
+        if given is None and (options.process, options.coordinator) != (None, None):
+            raise LlmtuneError("--process and --coordinator belong to --processes N; add it")
+        if given is not None and options.supervise:
+            raise LlmtuneError("--supervise starts the processes of this machine: give their number, not auto")
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise LlmtuneError(f"--processes: {given!r} is no number of processes; give 1 or more, or auto")
+    count = int(given)
+    if options.supervise and (options.process, options.coordinator) != (None, None):
+        raise LlmtuneError("--supervise chooses --process and --coordinator itself; leave them out")
+    if not options.supervise and count > 1:
+        if options.process is None or options.coordinator is None:
+            raise LlmtuneError(
+                "--processes N needs --process I and --coordinator HOST:PORT, or --supervise on one machine"
+            )
+        if not 0 <= options.process < count:
+            raise LlmtuneError(f"--process: {options.process} must lie in 0..{count - 1}")
+    return count
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -125,8 +125,10 @@ class Checkpoints:
         _require_same_arrays(path, manifest, target)
         try:
             found = arrays.read(path, target)
-        except Exception as error:
-            raise DamagedError(f"it cannot be read: {_first_line(error)}") from error
+        except Exception as error:  # its bytes are those that were committed: something else is wrong
+            raise LlmtuneRetryError(
+                f"{path}: the checkpoint cannot be read ({_first_line(error)}); mend that, and the same command goes on"
+            ) from error
         for name, digest in jax.device_get(digests(found)).items():
             if to_text(digest) != manifest.arrays[name]["digest"]:
                 raise DamagedError(f"{name} is not what was saved")

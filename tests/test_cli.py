@@ -293,7 +293,7 @@ def test_prompts_are_printed_with_their_completions(capsys, starter):
 
 
 def test_only_the_noise_of_a_failed_save_is_kept_from_stderr(monkeypatch):
-    from llmtune.cli import _print_unraisable
+    from llmtune.train_command import _print_unraisable
 
     printed = []
     monkeypatch.setattr(sys, "__unraisablehook__", printed.append)

@@ -7,8 +7,11 @@ a line says so, and this process ends with code 75, which says that the same com
 too, later, without a line of its own, and with SIGABRT.
 """
 
+import contextlib
+import ctypes
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -81,6 +84,7 @@ class Heartbeat:
             connection.settimeout(self._seconds)
             threading.Thread(target=self._listen, args=(index, connection), name=f"heart-{index}", daemon=True).start()
         if self._connections:
+            delay_abort()
             threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         return self
 
@@ -101,10 +105,8 @@ class Heartbeat:
     def _send(self, word: bytes) -> None:
         with self._lock:
             for connection in self._connections.values():
-                try:
+                with contextlib.suppress(OSError):  # whoever listens to it notices
                     connection.sendall(word + b"\n")
-                except OSError:
-                    pass  # whoever listens to it notices
 
     def _listen(self, index: int, connection: socket.socket) -> None:
         try:
@@ -129,3 +131,13 @@ class Heartbeat:
         self._send(LOST + b" %d" % index)
         os.write(2, line.encode())
         os._exit(exit_codes.RETRY)
+
+
+def delay_abort() -> None:
+    """An abort waits a few seconds, in the thread that aborts: JAX aborts on the loss of process 0, which is ours to tell.
+
+    The handler is the C library's sleep, which takes the number of the signal, 6, for its seconds; no Python runs in it.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))

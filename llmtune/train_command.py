@@ -8,6 +8,7 @@ llmtune train CONFIG.yaml --processes auto                                      
 
 import argparse
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -81,7 +82,8 @@ def _train(options: argparse.Namespace) -> int:
             from llmtune.training.supervisor import Supervisor
 
             arguments, grace = [options.config, *options.overrides], run.safeguards.heartbeat_seconds + 10
-            return Supervisor(arguments, Path(run.output), processes or 1, options.restarts, grace).run(stop)
+            say = functools.partial(print, flush=True)  # between the lines of its processes
+            return Supervisor(arguments, Path(run.output), processes or 1, options.restarts, grace, say).run(stop)
         from llmtune.training.joining import Place, end_with_parent, join
         from llmtune.training.loop import train
 

@@ -314,3 +314,22 @@ def test_a_reader_who_has_read_enough_is_no_error():
     run = f"{sys.executable} -m llmtune.cli inspect llama3-8b"
     said = subprocess.run(["bash", "-c", f"({run}; echo $? >&2) | true"], capture_output=True, text=True)
     assert said.stderr.split() in (["141"], ["0"])  # 0 where everything fitted into the pipe before it closed
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--processes", "two"], "'two' is no number of processes"),
+        (["--processes", "2"], "--processes N needs --process I and --coordinator HOST:PORT"),
+        (["--processes", "2", "--process", "2", "--coordinator", "localhost:1"], "--process: 2 must lie in 0..1"),
+        (["--process", "0"], "belong to --processes N"),
+        (["--supervise", "--processes", "auto"], "give their number, not auto"),
+        (["--supervise", "--processes", "2", "--process", "0"], "--supervise chooses --process"),
+        (["--checkpoint.retries", "-1"], "checkpoint.retries: -1 must be 0 or more"),
+        (["--checkpoint.best.n", "0"], "checkpoint.best.n: 0 must be positive"),
+        (["--checkpoint.best", "{}"], "eval_loss is not measured during training; set data.validation"),
+        (["--safeguards.hang_seconds", "0"], "safeguards.hang_seconds: 0.0 must be positive"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(refusal, write_run, flags, said):
+    assert said in refusal("train", write_run(), *flags)

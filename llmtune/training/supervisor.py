@@ -36,7 +36,8 @@ MEANING = {
 class Supervisor:
     """`arguments`: of `llmtune train`, without those that are the supervisor's; `output`: the run's directory.
 
-    `restarts`: so many in a row may bring no new checkpoint; `grace`: seconds that the other processes have to notice a loss.
+    `command`: what a process is started with; `restarts`: so many in a row may bring no new checkpoint; `grace`: seconds that
+    the other processes have to notice a loss; `say`: where a person reads a line.
     """
 
     arguments: Sequence[str]
@@ -45,6 +46,7 @@ class Supervisor:
     restarts: int = 3
     grace: float = 20.0
     say: Callable[[str], None] = print
+    command: Sequence[str] = (sys.executable, "-m", "llmtune.cli", "train")
     workers: list[subprocess.Popen] = field(default_factory=list)
 
     def run(self, stop: Stop) -> int:
@@ -86,12 +88,10 @@ class Supervisor:
         )
 
     def _start(self) -> None:
-        with socket.create_server(("localhost", 0)) as free:
-            address = f"localhost:{free.getsockname()[1]}"
-        self.workers = []
+        self.workers, address = [], _free_address()
         for index in range(self.processes):
             place = ["--coordinator", address, "--processes", str(self.processes), "--process", str(index)]
-            command = [sys.executable, "-m", "llmtune.cli", "train", *self.arguments]
+            command = [*self.command, *self.arguments]
             environment = {**os.environ, PARENT: str(os.getpid())}
             if self.processes > 1:
                 command += place
@@ -129,6 +129,11 @@ class Supervisor:
             f"after the last start; the newest checkpoint is of step {self._newest()}); mend what ends it, or lower "
             "checkpoint.every so that a checkpoint comes before it does"
         )
+
+
+def _free_address() -> str:
+    with socket.create_server(("localhost", 0)) as free:
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def _cause(codes: Sequence[int]) -> str:

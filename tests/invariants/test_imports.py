@@ -29,6 +29,7 @@ COMPOSERS = {
     "llmtune.training",
     "llmtune.planning",
     "llmtune.plan_command",
+    "llmtune.train_command",
     "llmtune.cli",
     "llmtune",
 }  # who may import llmtune.training

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from llmtune import pretrained
 from llmtune.errors import LlmtuneConfigError
-from llmtune.model import Model, load
+from llmtune.model import Model, adapter_of, load
 from llmtune.models.decoder import declare
 from llmtune.sharding import axis_size, put
 from llmtune.transforms import bank_of, choose_rows
@@ -51,14 +51,18 @@ def load_bank(
     *,
     dtype: str | None = "float32",
     strategy: str | None = None,
+    quantize: str | None = None,
 ) -> AdapterBank:
-    """A model as `llmtune.load` reads it, and PEFT LoRA directories over it, by name (of a list: their paths).
+    """A model as `llmtune.load` reads it, and LoRA adapters over it, by name (of a list: their paths).
 
-    Ranks, alphas and places may differ. Weights trained in whole (modules_to_save) cannot be chosen by row and are refused.
+    An adapter is a PEFT directory or a run of llmtune, that of a run over a quantised base too: `quantize` keeps this base in
+    few bits (nf4, int4, int8, fp8), as `quantize.base` of a run does. Ranks, alphas and places may differ. Weights trained in
+    whole (modules_to_save) cannot be chosen by row and are refused.
     """
     named = adapters if isinstance(adapters, Mapping) else {str(directory): directory for directory in adapters}
-    model = load(path, dtype=dtype, strategy=strategy)
-    transform = bank_of([pretrained.read_factors(directory, model.config) for directory in named.values()])
+    model = load(path, dtype=dtype, strategy=strategy, quantize=quantize)
+    directories = [adapter_of(Path(directory)) for directory in named.values()]
+    transform = bank_of([pretrained.read_factors(directory, model.config) for directory in directories])
     _, declared = declare(model.config)
     with jax.set_mesh(model.mesh), model.strategy.active():
         placed = materialize(transform.init(declared), jax.random.key(0), model.mesh, model.strategy)

@@ -66,7 +66,9 @@ def run_export(options: argparse.Namespace) -> int:
     """Carry the command out; 1 where --check finds something in the way."""
     if options.quantize is not None:
         return _quantize(options)
-    paths = [_adapter(Path(path)) for path in options.adapters]
+    from llmtune.model import adapter_of
+
+    paths = [adapter_of(Path(path)) for path in options.adapters]
     wanted = [name for name in ("check", "pad_rank", "compress_rank", "combine") if getattr(options, name) is not None]
     if len(wanted) != 1:
         raise LlmtuneConfigError("export: give one of --check, --pad-rank, --compress-rank, --combine and --quantize")
@@ -127,11 +129,6 @@ def _quantize(options: argparse.Namespace) -> int:
     matrices = pretrained.export_quantized(model, output, options.quantize)
     print(f"model: {output} ({matrices} matrices in {options.quantize}, one scale per output; compressed-tensors)")
     return 0
-
-
-def _adapter(path: Path) -> Path:
-    """The adapter of a run, where the path is that of a run."""
-    return path / "export" / "adapter" if (path / "export" / "adapter").is_dir() else path
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,5 +1,7 @@
 """A bank of adapters: each row as if its own adapter alone were served, whatever stands beside it."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import llmtune
 from llmtune.errors import LlmtuneError
 from llmtune.model import _logits
+from llmtune.weights import has_codes
 from tests.parity.reference import save_model
 
 TOKENS = np.random.default_rng(0).integers(3, 199, (5, 40))
@@ -50,6 +53,20 @@ def test_each_row_is_served_as_if_alone(base, adapters, alone, strategy):
     np.testing.assert_allclose(bank.rows(CHOSEN).logits(TOKENS), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kept", ["int8", pytest.param("nf4", marks=pytest.mark.nightly)])
+def test_over_a_quantised_base_and_of_runs(base, adapters, tmp_path, kept):
+    """The codes are read once for all rows; a run is named by its directory."""
+    run = tmp_path / "run"
+    shutil.copytree(adapters["wide"], run / "export" / "adapter")
+    bank = llmtune.load_bank(base, {"wide": run, "narrow": adapters["narrow"]}, quantize=kept)
+    chosen = ["narrow", "wide", None]
+    given = {None: [], "wide": [adapters["wide"]], "narrow": [adapters["narrow"]]}
+    alone = {name: llmtune.load(base, adapters=own, quantize=kept) for name, own in given.items()}
+    expected = np.stack([alone[name].logits(TOKENS[k : k + 1])[0] for k, name in enumerate(chosen)])
+    np.testing.assert_allclose(bank.rows(chosen).logits(TOKENS[:3]), expected, atol=1e-4, rtol=0)
+    assert has_codes(bank.model.params)
+
+
 def test_another_choice_compiles_nothing_anew(base, adapters):
     bank = llmtune.load_bank(base, list(adapters.values()))
     assert bank.names == tuple(map(str, adapters.values()))
@@ -77,6 +94,12 @@ def test_what_a_bank_refuses(base, adapters, tmp_path):
         bank.rows(["wise"])
     with pytest.raises(LlmtuneError, match="holds Bank, which no matrix can stand for"):
         bank.rows(CHOSEN).save(tmp_path / "out")
+    ends = LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), ends).save_pretrained(
+        tmp_path / "ends", save_embedding_layers=False
+    )
+    with pytest.raises(LlmtuneError, match="an adapter is on embed/table; rows choose among those of no embedding"):
+        llmtune.load_bank(base, [tmp_path / "ends"])
     other = save_model("gqa untied", tmp_path / "other", hidden_size=48)
     with pytest.raises(LlmtuneError, match="made for another base model"):
         llmtune.load_bank(other, adapters)

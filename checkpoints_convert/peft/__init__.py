@@ -64,16 +64,11 @@ def read_vocabulary_size(directory: Path, config: ModelConfig) -> int | None:
 
 
 def adapts_an_end(directory: Path) -> bool:
-    """Whether the embedding or the head has an adapter; one that is for both of a tied model is refused by name."""
+    """Whether the embedding or the head has an adapter of its own, which parts them where they are tied."""
     if not (directory / WEIGHTS).is_file() or not (directory / CONFIG).is_file():
         return False  # `read_adapter` says what is missing
     opened = open_peft(directory)
-    found = lora.adapts_an_end(opened)
-    if found and opened.settings.get("ensure_weight_tying"):
-        raise opened.refuse(
-            "ensure_weight_tying", "an adapter that both ends of a tied model share is not supported so far"
-        )
-    return found
+    return lora.adapts_an_end(opened) and not opened.settings.get("ensure_weight_tying")
 
 
 def read_adapter(directory: Path, config: ModelConfig) -> Adapter:

@@ -48,6 +48,11 @@ class Pair:
     magnitude: np.ndarray | None = None
 
 
+def turned(pair: Pair) -> Pair:
+    """The same change of the transposed matrix: (B A)^T = A^T B^T."""
+    return Pair(pair.b.T, pair.a.T)
+
+
 def stack(layers: Sequence[Tensor], pairs: Mapping[str, Pair], scale_of: Callable[[str, int], float]) -> Factors:
     """The pairs of all layers of one weight. Layers without an adapter, or of a smaller rank, are padded with zeros."""
     given = {own.index: pairs[own.name] for own in layers if own.name in pairs}

@@ -14,13 +14,13 @@ import numpy as np
 from checkpoints_convert.hf_names import Tensor, root_module, tensors
 from checkpoints_convert.peft import experts
 from checkpoints_convert.peft.directory import CONFIG, PeftDirectory, is_number, is_rank, of_pattern
-from checkpoints_convert.peft.factors import KEY, SIDES, Factors, Pair, alpha_of, check_pair, stack, unstack
+from checkpoints_convert.peft.factors import KEY, SIDES, Factors, Pair, alpha_of, check_pair, stack, turned, unstack
 from checkpoints_convert.peft.whole import whole_name
 from checkpoints_convert.safetensors_writer import Entry
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
-HEAD, EMBEDDING, EXPERTS = "lm_head", "embed_tokens", "mlp.experts"
+HEAD, EMBEDDING, EXPERTS, TABLE = "lm_head", "embed_tokens", "mlp.experts", "embed/table"
 READ = {
     "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_parameters",
 }  # fmt: skip
@@ -78,6 +78,11 @@ def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[st
             module = table[path, place].name.removesuffix(".weight")
             ranks[module], alphas[module] = rank, alpha_of(scale, rank, values.rslora)
             entries += _entries(module, pair, embedding=module.endswith(EMBEDDING))
+            if (
+                module.endswith(EMBEDDING) and config.tie_word_embeddings
+            ):  # one adapter, which peft writes for both ends
+                ranks[HEAD], alphas[HEAD] = ranks[module], alphas[module]
+                entries += _entries(HEAD, turned(pair))
     fused = experts.to_fused(values.factors)
     parameters = {}
     for (layer, parameter), one in fused.items():
@@ -92,6 +97,7 @@ def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[st
         **_settings(ranks, alphas, parameters, config, values.rslora),
         "lora_dropout": values.dropout,
         "use_dora": dora,
+        **({"ensure_weight_tying": True} if config.tie_word_embeddings and TABLE in values.factors else {}),
     }
 
 
@@ -167,8 +173,14 @@ def _check_settings(directory: PeftDirectory) -> None:
 def _pairs(
     directory: PeftDirectory, config: ModelConfig
 ) -> tuple[dict[str, Pair], dict[tuple[int, str], experts.Fused]]:
-    """({Hugging Face weight name: pair}, {(layer, fused parameter): factors}), float32, shapes checked against the base."""
+    """({Hugging Face weight name: pair}, {(layer, fused parameter): factors}), float32, shapes checked against the base.
+
+    What peft writes of a shared adapter for the head of a tied model must be the embedding's, and is left out.
+    """
     weights, known = directory.weights, {tensor.name: tensor for tensor in tensors(config)}
+    shared = config.tie_word_embeddings and bool(directory.settings.get("ensure_weight_tying"))
+    if shared:
+        _check_shared(directory, config)
     sides: dict[tuple[str, str], dict[str, str]] = {}
     for key, info in weights.tensors.items():
         if whole_name(key) is not None:
@@ -178,6 +190,8 @@ def _pairs(
             raise LlmtuneFormatError(
                 f"{info.file}: {key} is no LoRA factor of a layer's matrix, which is all that is read so far"
             )
+        if shared and match["module"] == HEAD:
+            continue
         name, fused = f"{match['module']}.weight", match["module"].endswith(EXPERTS) and config.experts is not None
         if not fused and (name not in known or not _is_matrix(known[name])):
             raise LlmtuneFormatError(f"{info.file}: {key} adapts a module that this base model does not have")
@@ -205,8 +219,22 @@ def _pairs(
     return pairs, found
 
 
+def _check_shared(directory: PeftDirectory, config: ModelConfig) -> None:
+    """Of an adapter that both ends of a tied model share, the head's tensors are the embedding's, transposed."""
+    weights, prefix = directory.weights, "base_model.model"
+    table = f"{prefix}.{root_module(config)}.{EMBEDDING}.lora_embedding_"
+    for side, other in (("A", "B"), ("B", "A")):
+        head = f"{prefix}.{HEAD}.lora_{side}.weight"
+        if head in weights.tensors and not (
+            table + other in weights.tensors and np.array_equal(weights.read(head), weights.read(table + other).T)
+        ):
+            raise LlmtuneFormatError(
+                f"{weights.path}: {head} is not {table}{other}, though ensure_weight_tying says that both ends share one adapter"
+            )
+
+
 def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.transposed or tensor.path == "embed/table"
+    return tensor.transposed or tensor.path == TABLE
 
 
 def _scale(directory: PeftDirectory, module: str, rank: int) -> float:

@@ -89,10 +89,10 @@ def whole_entries(
     chosen = set(paths)
     for tensor in tensors(config):
         if tensor.path in chosen:
-            name = tensor.name.replace(".weight", ".base_layer.weight") if tensor.path in factored else tensor.name
-            yield _entry(name, tensor, fetch)
+            under = ".base_layer.weight" if tensor.path in factored else ".weight"
+            yield _entry(tensor.name.replace(".weight", under), tensor, fetch)
             if tensor.name == embedding(config) and config.tie_word_embeddings:
-                yield _entry(HEAD, tensor, fetch)
+                yield _entry(HEAD.replace(".weight", under), tensor, fetch)
 
 
 def module_names(paths: Sequence[str]) -> list[str]:

@@ -50,6 +50,7 @@ class LowRankSection:
         "default",
     )
     untie: bool = key("give a tied head weights of its own, so that embed_tokens or lm_head can be adapted", False)
+    ensure_weight_tying: bool = key("of a tied model: embed_tokens and lm_head share one adapter, and stay tied", False)
     b_rate: float = key("LoRA+: the learning rate of b, in learning rates", 1.0)
     modules_to_save: list[str] = key(SAVED, [])
     from_: str | None = key(FROM, None, alias="from")
@@ -63,6 +64,11 @@ class LowRankSection:
             require(rank > 0, f"{at}.rank_pattern.{rule}", f"{rank} must be positive")
         for rule, alpha in self.alpha_pattern.items():
             require(0 < alpha < math.inf, f"{at}.alpha_pattern.{rule}", f"{alpha} must be a positive number")
+        require(
+            not (self.untie and self.ensure_weight_tying),
+            f"{at}.ensure_weight_tying",
+            "untie parts the ends that it ties; leave one of them out",
+        )
         require(self.layers is None or len(self.layers) > 0, f"{at}.layers", "no layer is given")
         _check_shared(self, require, at)
 

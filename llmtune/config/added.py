@@ -50,6 +50,14 @@ class PromptTuning(VirtualTokens):
     """Learned vectors before the embeddings of every row."""
 
     method: Literal["prompt_tuning"] = key("which transform", "prompt_tuning")
+    initial_text: str | None = key(
+        "they begin as its embeddings, cut or repeated to their number; null: as noise", None
+    )
+
+    def check(self, require: Require, at: str) -> None:
+        """What no single field can say."""
+        super().check(require, at)
+        require(self.initial_text != "", f"{at}.initial_text", "the text is empty; leave it out to begin with noise")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class PTuning(VirtualTokens):
     """A prompt that a small network makes, which trains with it."""
 
     method: Literal["p_tuning"] = key("which transform", "p_tuning")
+    encoder: Literal["mlp", "lstm"] = key("two hidden layers, or an LSTM that reads both ways", "mlp")
     encoder_hidden: int | None = key("width of the network; null: the model's", None)
 
     def check(self, require: Require, at: str) -> None:

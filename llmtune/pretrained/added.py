@@ -16,7 +16,17 @@ from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.pretrained.source import on_host
 from llmtune.transforms import Transform, fusion_from, parallel_from, prefix_from, prompt_from, sequential_from
-from llmtune.weights import Bottleneck, Branch, EncodedPrompt, Fusion, Parallel, Prefix, Prompt, VirtualPrompt
+from llmtune.weights import (
+    Bottleneck,
+    Branch,
+    EncodedPrompt,
+    Fusion,
+    Parallel,
+    Prefix,
+    Prompt,
+    RecurrentPrompt,
+    VirtualPrompt,
+)
 
 Weights = Mapping[str, Any]  # arrays and operators, by path
 
@@ -33,12 +43,12 @@ def _prompt_given(values: virtual.Prompt, dropout: float) -> Transform:
     return prompt_from(values.table)
 
 
-def _prompt_collect(kind: type[VirtualPrompt]) -> Callable[[Weights], virtual.Prompt | None]:
-    """What a filling of this kind comes to: the vectors themselves."""
+def _prompt_collect(*kinds: type[VirtualPrompt]) -> Callable[[Weights], virtual.Prompt | None]:
+    """What a filling of one of these kinds comes to: the vectors themselves."""
 
     def collect(weights: Weights) -> virtual.Prompt | None:
         prompt = weights.get("prompt")
-        return virtual.Prompt(on_host(prompt.vectors())) if isinstance(prompt, kind) else None
+        return virtual.Prompt(on_host(prompt.vectors())) if isinstance(prompt, kinds) else None
 
     return collect
 
@@ -92,7 +102,7 @@ def _branch(branch: Branch) -> dict[str, np.ndarray]:
 
 ADDED: dict[str, Family] = {
     "PROMPT_TUNING": Family(_prompt_given, _prompt_collect(Prompt)),
-    "P_TUNING": Family(_prompt_given, _prompt_collect(EncodedPrompt)),
+    "P_TUNING": Family(_prompt_given, _prompt_collect(EncodedPrompt, RecurrentPrompt)),
     "PREFIX_TUNING": Family(_prefix_given, _prefix_collect),
     "LLMTUNE_SEQUENTIAL": Family(_sequential_given, _sequential_collect),
     "LLMTUNE_PARALLEL": Family(_parallel_given, _parallel_collect),

@@ -27,6 +27,7 @@ from llmtune.config.adapt import (
     Vera,
 )
 from llmtune.errors import LlmtuneConfigError
+from llmtune.tokenizers import load_tokenizer
 from llmtune.training.freezing import stacks
 from llmtune.transforms import (
     INITIAL,
@@ -58,7 +59,17 @@ MakeTransform = Callable[[Any, Params, pretrained.Source], Transform]
 
 
 def _low_rank(make: Callable[..., Transform]) -> MakeTransform:
-    fields = ("rank", "alpha", "targets", "rslora", "dropout", "rank_pattern", "alpha_pattern", "layers")
+    fields = (
+        "rank",
+        "alpha",
+        "targets",
+        "rslora",
+        "dropout",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers",
+        "ensure_weight_tying",
+    )
 
     def of_section(section: LowRankSection, declared: Params, source: pretrained.Source) -> Transform:
         del declared
@@ -95,13 +106,23 @@ def _full(section: Full, declared: Params, source: pretrained.Source) -> Transfo
 
 
 def _prompt_tuning(section: PromptTuning, declared: Params, source: pretrained.Source) -> Transform:
-    del declared, source
-    return prompt_tuning(virtual_tokens=section.virtual_tokens)
+    del declared
+    text: list[int] = []
+    if section.initial_text is not None:
+        home = source.tokenizer_directory
+        tokenizer = None if home is None else load_tokenizer(home)
+        if tokenizer is None:
+            raise LlmtuneConfigError(
+                f"adapt.initial_text: {source.name} has no tokenizer to read it with; leave it out"
+            )
+        text = tokenizer.encode(section.initial_text, bos=tokenizer.add_bos)
+    return prompt_tuning(virtual_tokens=section.virtual_tokens, text=text)
 
 
 def _p_tuning(section: PTuning, declared: Params, source: pretrained.Source) -> Transform:
     del declared, source
-    return p_tuning(virtual_tokens=section.virtual_tokens, encoder_hidden=section.encoder_hidden)
+    fields = ("virtual_tokens", "encoder", "encoder_hidden")
+    return p_tuning(**{name: getattr(section, name) for name in fields})
 
 
 def _prefix_tuning(section: PrefixTuning, declared: Params, source: pretrained.Source) -> Transform:

@@ -16,7 +16,7 @@ import numpy as np
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.bottleneck import wrapped
 from llmtune.transforms.lora import Factors
-from llmtune.transforms.select import weights_by_path
+from llmtune.transforms.select import EMBEDDING, weights_by_path
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import ArraySpec, Bank, is_operator
 
@@ -45,6 +45,10 @@ def choose_rows(params: Params, index: jax.Array) -> Params:
 def _declare(path: str, base: Any, adapters: Sequence[Factors | None]) -> dict[str, ArraySpec]:
     if base is None:
         raise LlmtuneFormatError(f"adapter: it adapts {path}, which this model does not have")
+    if path == EMBEDDING or "expert" in base.axes:
+        raise LlmtuneConfigError(
+            f"bank: an adapter is on {path}; rows choose among those of no embedding and no experts"
+        )
     (*lead, n_in, n_out), (*lead_axes, in_axis, out_axis) = base.shape, base.axes
     rank = max(own.a.shape[-1] for own in adapters if own is not None)
     number = len(adapters) + 1

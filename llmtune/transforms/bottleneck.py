@@ -34,8 +34,8 @@ def sequential_adapters(method: str, *, size: int) -> Transform:
         missing = [place for place in PLACES[method] if not any(path.endswith(place) for path in found)]
         if missing:
             raise LlmtuneConfigError(
-                f"adapt.method: {method}: this model has no single {missing[0]} to put an adapter after (experts?); "
-                "method parallel_adapter stands beside any MLP"
+                f"adapt.method: {method}: this model has no single {missing[0]} to put an adapter after, and bottlenecks inside "
+                "experts are not offered; method parallel_adapter stands beside any MLP"
             )
         return {path: _fresh(weights[path].shape[0], weights[path].shape[-1], size) for path in found}
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.transforms.low_rank import wrap
-from llmtune.transforms.select import select, weights_by_path
+from llmtune.transforms.select import EMBEDDING, select, weights_by_path
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import IA3, ArraySpec, constant
 
@@ -75,8 +75,10 @@ def ia3_from(gains: Mapping[str, Gains]) -> Transform:
 
 def _declare(path: str, weights: Mapping[str, Any], side: Side) -> dict[str, ArraySpec]:
     base = weights[path]
-    if "expert" in base.axes:
-        raise LlmtuneConfigError(f"adapt.targets: {path} holds experts, which IA3 does not adapt; leave them out")
+    if path == EMBEDDING or "expert" in base.axes:
+        raise LlmtuneConfigError(
+            f"adapt.targets: IA3 adapts no embedding and no experts; leave {path} out, or use lora"
+        )
     if side == "out" and path.replace("/kernel", "/bias") in weights:
         raise LlmtuneConfigError(
             f"adapt.targets: {path} has a bias, which IA3 would have to stretch with it; that is not there, use lora"

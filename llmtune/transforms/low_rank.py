@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.transforms.select import EMBEDDING, select, weights_by_path
+from llmtune.transforms.select import EMBEDDING, HEAD, select, weights_by_path
 from llmtune.transforms.transform import Params
 from llmtune.weights import ArraySpec, Initializer, constant, is_operator, normal, path_name, uniform
 
@@ -41,6 +41,7 @@ class LowRank:
     """How factors are chosen. A rule of a pattern is one of `targets`; the first that matches a path holds.
 
     `layers`: only these layers of a stack are adapted (None: all); the others' factors and scale are zero, and stay so.
+    `ensure_weight_tying`: the table of a tied model may be adapted, for both its uses.
     """
 
     rank: int
@@ -52,6 +53,7 @@ class LowRank:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: Sequence[int] | None = None
+    ensure_weight_tying: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,15 @@ class Plan:
 def plan(declared: Params, choice: LowRank) -> dict[str, Plan]:
     """By path, in tree order."""
     weights = weights_by_path(declared)
-    ranks = _by_rule(declared, choice.rank_pattern, "adapt.rank_pattern")
-    alphas = _by_rule(declared, choice.alpha_pattern, "adapt.alpha_pattern")
+    both = choice.ensure_weight_tying
+    if both and HEAD in weights:
+        raise LlmtuneConfigError(
+            "adapt.ensure_weight_tying: this model's head is not tied to its embedding; leave it out"
+        )
+    ranks = _by_rule(declared, choice.rank_pattern, "adapt.rank_pattern", both)
+    alphas = _by_rule(declared, choice.alpha_pattern, "adapt.alpha_pattern", both)
     plans = {}
-    for path in select(declared, choice.targets):
+    for path in select(declared, choice.targets, both_ends=both):
         key, rank = ranks.get(path, ("adapt.rank", choice.rank))
         _, alpha = alphas.get(path, ("adapt.alpha", choice.alpha))
         scale = alpha / math.sqrt(rank) if choice.rslora else alpha / rank
@@ -143,10 +150,10 @@ def wrap(params: Params, additions: Mapping[str, Any], make: Callable[[str, Any,
     return jax.tree_util.tree_map_with_path(change, params, is_leaf=is_operator)
 
 
-def _by_rule(declared: Params, pattern: Mapping[str, Any], key: str) -> dict[str, tuple[str, Any]]:
+def _by_rule(declared: Params, pattern: Mapping[str, Any], key: str, both_ends: bool) -> dict[str, tuple[str, Any]]:
     """{path: (the key of the first rule that matches it, its value)}."""
     found: dict[str, tuple[str, Any]] = {}
     for rule, value in pattern.items():
-        for path in select(declared, rule, key=f"{key}.{rule}"):
+        for path in select(declared, rule, key=f"{key}.{rule}", both_ends=both_ends):
             found.setdefault(path, (f"{key}.{rule}", value))
     return found

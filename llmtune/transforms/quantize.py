@@ -69,7 +69,7 @@ def quantize(
     def apply(params: Params, additions: Any) -> Params:
         del additions
         _refuse_table(params, [targets] if isinstance(targets, str) else targets, f"{key}.targets")
-        chosen = set(select(params, targets, key=f"{key}.targets"))
+        chosen = set(select(params, targets, key=f"{key}.targets", both_ends=True))
 
         def change(path: tuple[Any, ...], weight: Any) -> Any:
             name = path_name(path)

@@ -41,18 +41,24 @@ def weights_by_path(params: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def select(params: Any, rules: str | Sequence[str], *, key: str = "adapt.targets") -> list[str]:
-    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error that names `key`."""
+def select(
+    params: Any, rules: str | Sequence[str], *, key: str = "adapt.targets", both_ends: bool = False
+) -> list[str]:
+    """The paths of the matrices that any rule matches, in tree order. A rule that matches none is an error that names `key`.
+
+    The table of a tied model is its head too: it is chosen, by either name, only where `both_ends` are meant.
+    """
     weights = weights_by_path(params)
     matrices = [path for path in weights if path.endswith("kernel") or path == EMBEDDING]
     chosen: set[str] = set()
     for rule in [rules] if isinstance(rules, str) else rules:
-        pattern = _pattern(rule, key)
+        tied = HEAD not in weights
+        pattern = _pattern("embed_tokens" if tied and both_ends and rule == "lm_head" else rule, key)
         found = [path for path in matrices if pattern.search(path)]
-        if rule in ("lm_head", "embed_tokens") and HEAD not in weights:
+        if tied and not both_ends and (rule == "lm_head" or EMBEDDING in found):
             raise LlmtuneConfigError(
                 f"{key}: {rule}: this model's head is tied to its embedding, and an adapter would part them; leave it out, "
-                "or set untie: true"
+                "set untie: true, or ensure_weight_tying: true for one that both share"
             )
         if not found:
             known = [*NAMED_RULES, *matrices]

@@ -19,6 +19,7 @@ from llmtune.weights.nf4 import NF4
 from llmtune.weights.operator import Adapter, Node, Operator, is_operator, map_fields, without_dense
 from llmtune.weights.per_channel import Float8, Int8
 from llmtune.weights.quantized import Quantized, has_codes, on_another_base
+from llmtune.weights.recurrent_prompt import Recurrence, RecurrentPrompt
 from llmtune.weights.spec import ArraySpec, Initializer, constant, materialize, normal, path_name, shardings, uniform
 from llmtune.weights.tied import Tied
 from llmtune.weights.vera import VeRA
@@ -55,6 +56,8 @@ __all__ = [
     "Prefix",
     "Prompt",
     "Quantized",
+    "Recurrence",
+    "RecurrentPrompt",
     "Tied",
     "VeRA",
     "VirtualPrompt",

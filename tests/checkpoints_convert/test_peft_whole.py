@@ -23,11 +23,21 @@ SAVED = {  # base, rows of its vocabulary when it was adapted, what peft is told
     "tied": ("tied", 199, {"modules_to_save": ["embed_tokens"], **TYING}),
     "tied, by the head's name": ("tied", 199, {"modules_to_save": ["lm_head"], **TYING}),
     "tied and grown": ("tied", 256, {"modules_to_save": ["embed_tokens", "lm_head"], **TYING}),
+    "tied, one adapter for both ends": (
+        "tied",
+        199,
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], **TYING},
+    ),
+    "tied, one adapter, by the head's name": ("tied", 199, {"target_modules": ["q_proj", "lm_head"], **TYING}),
+    "tied and grown, one adapter": ("tied", 256, {"target_modules": ["q_proj", "embed_tokens"], **TYING}),
     "the head and factors on it": ("gqa untied", 199, {"target_modules": ["q_proj", "lm_head"]}),
 }
 
 
-NIGHTLY = ("a cut vocabulary", "tied, by the head's name", "the last norm and a matrix")
+NIGHTLY = (
+    "a cut vocabulary", "tied, by the head's name", "the last norm and a matrix", "tied, one adapter, by the head's name",
+    "tied and grown, one adapter",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +153,15 @@ def test_ends_that_trained_apart_need_an_untied_base(bases, tmp_path, modules, r
     adapter = make_adapter(bases["tied"], 199, tmp_path / "adapter", modules_to_save=modules)
     said = refusal(adapter, lambda: llmtune.load(bases["tied"], adapters=[adapter]))
     assert "train it with ensure_weight_tying, or untie the base" in said
+
+
+def test_ends_that_share_an_adapter_have_the_same_one(bases, tmp_path, refusal):
+    targets = {"target_modules": ["q_proj", "lm_head"], **TYING}
+    adapter = make_adapter(bases["tied"], 199, tmp_path / "adapter", **targets)
+    name = f"{PREFIX}lm_head.lora_A.weight"
+    change(adapter, lambda tensors: tensors.update({name: tensors[name] + 1}))
+    said = refusal(adapter, lambda: llmtune.load(bases["tied"], adapters=[adapter]))
+    assert "lm_head.lora_A.weight is not" in said and "both ends share one adapter" in said
 
 
 def test_the_settings_are_those_of_peft(bases, tmp_path):

@@ -12,8 +12,15 @@ from peft import PeftModel, PrefixTuningConfig, PromptEncoder, PromptEncoderConf
 from transformers import AutoModelForCausalLM
 
 import llmtune
+from llmtune import pretrained
+from llmtune.config import Sharding
+from llmtune.config.file import build_run
+from llmtune.model import build_params
+from llmtune.models.decoder import declare
 from llmtune.sharding import make_mesh
-from llmtune.weights import EncodedPrompt
+from llmtune.training.adapting import choose_transform
+from llmtune.training.weights import choose_layout
+from llmtune.weights import EncodedPrompt, Recurrence, RecurrentPrompt
 from tests.parity.reference import save_model
 from tests.parity.torch_training import cosine, train_peer
 from tests.runs import STEPS, curve, run_config, write_rows
@@ -162,3 +169,56 @@ def test_the_encoder_of_p_tuning_is_that_of_peft():
     ours = EncodedPrompt(*(jnp.asarray(x.detach().numpy()) for x in arrays))
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])), torch.no_grad():
         np.testing.assert_allclose(ours.vectors(), theirs(torch.arange(5)).numpy(), atol=1e-6)
+
+
+def test_the_recurrent_encoder_of_p_tuning_is_that_of_peft():
+    """Given its weights: the vectors, and the gradients of all that trains."""
+    torch.manual_seed(0)
+    theirs = PromptEncoder(PromptEncoderConfig(
+        peft_type="P_TUNING", task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=12, encoder_hidden_size=9,
+        encoder_reparameterization_type="LSTM", encoder_dropout=0.0,
+        num_transformer_submodules=1, num_attention_heads=1, num_layers=1,
+    ))  # fmt: skip
+    lstm = dict(theirs.lstm_head.named_parameters())
+
+    def layer(n, read):
+        names = {"w_in": "weight_ih", "w_back": "weight_hh", "b_in": "bias_ih", "b_back": "bias_hh"}
+        both = {ours: [read(lstm[f"{name}_l{n}{way}"]) for way in ("", "_reverse")] for ours, name in names.items()}
+        return Recurrence(**{ours: np.stack([own.T for own in pair]) for ours, pair in both.items()})
+
+    def prompt(read):
+        head = (read(own).T for n in (0, 2) for own in (theirs.mlp_head[n].weight, theirs.mlp_head[n].bias))
+        return RecurrentPrompt(read(theirs.embedding.weight), layer(0, read), layer(1, read), *head)
+
+    ours = prompt(lambda own: own.detach().numpy())
+    pull = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+    out = theirs(torch.arange(5)[None])[0]
+    (out * torch.tensor(pull)).sum().backward()
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+        vectors, back = jax.vjp(lambda own: own.vectors(), jax.tree.map(jnp.asarray, ours))
+        np.testing.assert_allclose(vectors, out.detach().numpy(), atol=1e-6)
+        found, expected = back(jnp.asarray(pull))[0], prompt(lambda own: own.grad.numpy())
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize(("number", "strategy"), [(3, None), (16, "fsdp")])
+def test_a_prompt_that_begins_as_a_text_begins_as_in_peft(stories, number, strategy):
+    """A text longer than the prompt is cut, a shorter one repeated."""
+    text = "Once upon a time there was a dog."
+    settings = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=number, prompt_tuning_init="TEXT", prompt_tuning_init_text=text,
+        tokenizer_name_or_path=str(stories),
+    )  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32), settings)
+    expected = model.prompt_encoder["default"].embedding.weight.detach().numpy()
+
+    run = build_run({
+        "model": str(stories), "output": "out", "data": {"train": "rows", "packing": False},
+        "adapt": {"method": "prompt_tuning", "virtual_tokens": number, "initial_text": text},
+    }, "run.yaml")  # fmt: skip
+    source = pretrained.open_source(str(stories))
+    declared = declare(source.config)[1]
+    transform = choose_transform([run.adapt], source, declared, grown=False).transform
+    mesh, table = choose_layout(strategy and Sharding(strategy), declared, jax.devices()[: 8 if strategy else 1])
+    prompt = build_params(source, declared, transform, mesh, table, dtype=None)["prompt"]
+    np.testing.assert_array_equal(prompt.table, expected)

@@ -71,6 +71,12 @@ def test_a_tied_head_is_untied_where_that_is_asked_for(starter):
     assert trains == {"embed/table"} and "head/kernel" in weights
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_both_ends_of_a_tied_model_share_an_adapter_where_that_is_asked_for(starter, targets):
+    weights, trains = choose(starter, {"targets": targets, "rank": 4, "ensure_weight_tying": True})
+    assert trains == {"embed/table"} and "head/kernel" not in weights
+
+
 def test_b_has_a_learning_rate_of_its_own(starter):
     rate = learning_rates([run_of(starter, {"b_rate": 16.0}).adapt])
     assert rate("layers/0/attention/q/kernel/b") == 16 and rate("layers/0/attention/q/kernel/a") == 1
@@ -100,10 +106,13 @@ REFUSED = {
         {"method": "ia3", "targets": ["q_proj"], "feedforward": ["down_proj"]},
         "adapt.feedforward: layers/0/mlp/down/kernel is not among adapt.targets"),
     "a layer that is not there": ({"layers": [0, 99]}, "adapt.layers: there is no layer 99 in"),
-    "the table of a tied model": ({"targets": ["embed_tokens"]}, "or set untie: true"),
-    "the head of a tied model": ({"targets": ["lm_head"]}, "or set untie: true"),
+    "the table of a tied model": ({"targets": ["embed_tokens"]}, "set untie: true, or"),
+    "the table of a tied model by its path": ({"targets": ["embed/table"]}, "or ensure_weight_tying: true"),
+    "ends that are parted and tied": ({"untie": True, "ensure_weight_tying": True}, "adapt.ensure_weight_tying: untie parts"),
+    "the table in IA3": ({"method": "ia3", "targets": ["embed/table"]}, "adapt.targets: embed/table: this model's head is tied"),
+    "the head of a tied model": ({"targets": ["lm_head"]}, "set untie: true, or"),
     "the table in DoRA": ({"method": "dora", "targets": ["embed_tokens"], "untie": True}, "DoRA adapts no embedding"),
-    "the table in VeRA": ({"method": "vera", "targets": ["q_proj", "embed/table"]}, "VeRA adapts no embedding"),
+    "the table in VeRA": ({"method": "vera", "targets": ["q_proj", "embed/table"]}, "embed/table: this model's head is tied"),
     "a stretched input of nothing": ({"method": "ia3", "feedforward": ["upp"]}, "adapt.feedforward: 'upp' matches no weight"),
     "one weight twice": ([{"targets": "attention"}, {"targets": "q_proj"}], "adapt.1: layers/0/attention/q/kernel has an"),
     "nothing left": ({"method": "full", "train": ["norm"], "freeze": ["norm"]}, "adapt.freeze: nothing is left to train"),

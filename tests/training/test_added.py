@@ -28,7 +28,7 @@ def evaluation(run):
 
 
 @pytest.mark.parametrize("adapt", [
-    {"method": "p_tuning", "virtual_tokens": 5, "encoder_hidden": 16},
+    {"method": "p_tuning", "virtual_tokens": 5, "encoder": "lstm", "encoder_hidden": 16},
     pytest.param({"method": "parallel_adapter", "size": 4}, marks=pytest.mark.nightly),
     pytest.param({"method": "prefix_tuning", "virtual_tokens": 5}, marks=pytest.mark.nightly),
 ], ids=lambda adapt: adapt["method"])  # fmt: skip

@@ -26,10 +26,18 @@ SAVED = {  # base, rows of its vocabulary when it was adapted, what peft is told
     "tied, one adapter for both ends": (
         "tied",
         199,
-        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], **TYING},
+        {"lora_alpha": 1, "target_modules": ["q_proj", "embed_tokens", "lm_head"], **TYING},
     ),
-    "tied, one adapter, by the head's name": ("tied", 199, {"target_modules": ["q_proj", "lm_head"], **TYING}),
-    "tied and grown, one adapter": ("tied", 256, {"target_modules": ["q_proj", "embed_tokens"], **TYING}),
+    "tied, one adapter, by the head's name": (
+        "tied",
+        199,
+        {"lora_alpha": 1, "target_modules": ["q_proj", "lm_head"], **TYING},
+    ),
+    "tied and grown, one adapter": (
+        "tied",
+        256,
+        {"lora_alpha": 1, "target_modules": ["q_proj", "embed_tokens"], **TYING},
+    ),
     "the head and factors on it": ("gqa untied", 199, {"target_modules": ["q_proj", "lm_head"]}),
 }
 

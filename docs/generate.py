@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llmtune.config import key_reference
 from llmtune.config.adapt import METHODS
+from llmtune.config.optimizers import OPTIMIZERS
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration
@@ -28,13 +29,22 @@ METHODS_HEAD = """
 `adapt` is a section, or a list of sections that are applied in order. Each names its `method`; the table above has the keys of
 the default one, `lora`. [docs/transforms.md](transforms.md) says what the methods are.
 """
+OPTIMIZERS_HEAD = """
+## Optimizers
+
+The section `optimizer` has the keys of the optimizer that its `name` chooses; the table above has those of the default one,
+`adamw`. [docs/optimization.md](optimization.md) says when to take which.
+"""
 
 
 def configuration_page() -> str:
     """The whole page."""
     own = [row for row in key_reference() if "[" not in row[0].split(".")[0]]
-    methods = [f"\n### {name}\n\n{kind.__doc__}\n\n{_table(key_reference(kind))}" for name, kind in METHODS.items()]
-    return HEAD + _table(own) + METHODS_HEAD + "".join(methods)
+    return HEAD + _table(own) + METHODS_HEAD + _choices(METHODS) + OPTIMIZERS_HEAD + _choices(OPTIMIZERS)
+
+
+def _choices(kinds: dict[str, type]) -> str:
+    return "".join(f"\n### {name}\n\n{kind.__doc__}\n\n{_table(key_reference(kind))}" for name, kind in kinds.items())
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> str:

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llmtune.config import Run, check, key_reference
 from llmtune.config.adapt import METHODS
+from llmtune.config.optimizers import OPTIMIZERS
 from llmtune.errors import LlmtuneConfigError
 
 LIMIT_BYTES, LIMIT_DEPTH = 1_000_000, 20
@@ -151,8 +152,12 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 def build_run(tree: Mapping[str, Any], where: str) -> Run:
     """Validate a nested mapping. Raises LlmtuneConfigError for the first thing that is wrong."""
     try:
-        run: Run = _validate(Run, {name: own for name, own in tree.items() if name != "adapt"})
-        run = dataclasses.replace(run, adapt=_read_methods(tree.get("adapt"), "adapt", METHODS))
+        run: Run = _validate(Run, {name: own for name, own in tree.items() if name not in ("adapt", "optimizer")})
+        run = dataclasses.replace(
+            run,
+            adapt=_read_methods(tree.get("adapt"), "adapt", METHODS),
+            optimizer=_read_method(tree.get("optimizer", {}), "optimizer", OPTIMIZERS, by="name"),
+        )
         check(run)
     except LlmtuneConfigError as error:
         raise LlmtuneConfigError(f"{where}: {error}") from None
@@ -178,14 +183,15 @@ def _read_methods(given: Any, at: str, methods: Mapping[str, type]) -> Any:
     return _read_method(given, at, methods)
 
 
-def _read_method(given: Any, at: str, methods: Mapping[str, type]) -> Any:
+def _read_method(given: Any, at: str, methods: Mapping[str, type], by: str = "method") -> Any:
+    """One section, as the dataclass that its key `by` names; the first of the methods where it has none."""
     if not isinstance(given, dict):
         raise LlmtuneConfigError(f"{at}: {_shown(given)} is not a section of keys")
-    name = given.get("method", next(iter(methods)))
-    if name not in methods:
+    name = given.get(by, next(iter(methods)))
+    if not isinstance(name, str) or name not in methods:
         near = difflib.get_close_matches(str(name).lower(), methods, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(methods)}"
-        raise LlmtuneConfigError(f"{at}.method: {_shown(name)} is no method; {hint}")
+        raise LlmtuneConfigError(f"{at}.{by}: {_shown(name)} is no {at if by == 'name' else by}; {hint}")
     return _validate(methods[name], given, at)
 
 

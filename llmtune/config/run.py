@@ -7,7 +7,8 @@ types and impossible combinations are refused with the key's path, before anythi
      |- data                 config/data.py
      |- adapt                config/adapt.py, config/added.py
      |- quantize             config/quantize.py
-     |- optimizer, train     config/optimization.py
+     |- optimizer            config/optimizers.py
+     |- train                config/optimization.py
      |- checkpoint           config/checkpoint.py
      |- safeguards           config/safeguards.py
      |- tracking             config/tracking.py
@@ -22,7 +23,8 @@ from llmtune.config.added import VirtualTokens
 from llmtune.config.checkpoint import Checkpoint, check_checkpoint
 from llmtune.config.data import Data, added_tokens, check_data, require_room
 from llmtune.config.key import key
-from llmtune.config.optimization import Optimizer, Train, check_optimization
+from llmtune.config.optimization import Train, check_train
+from llmtune.config.optimizers import OPTIMIZERS, AdamW, Optimizer
 from llmtune.config.quantize import Quantize, check_loftq, check_quantize
 from llmtune.config.safeguards import Safeguards, check_safeguards
 from llmtune.config.tracking import Tracking, check_tracking
@@ -61,7 +63,7 @@ class Run:
     quantize: Quantize | list[Quantize] | None = key(
         "the base in few bits, or a list of such sections; absent: as stored", None
     )
-    optimizer: Optimizer = key("optimizer", Optimizer())
+    optimizer: Optimizer = key("optimizer", AdamW(), methods=OPTIMIZERS)
     train: Train = key("training", Train())
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
     checkpoint: Checkpoint = key("checkpoints", Checkpoint())
@@ -79,7 +81,8 @@ def check(run: Run) -> None:
 
     check_data(run.data, require)
     check_tracking(run.tracking, require)
-    check_optimization(run.optimizer, run.train, require)
+    run.optimizer.check(require)
+    check_train(run.train, require)
     if run.quantize is not None:
         require(
             run.adapt is not None,

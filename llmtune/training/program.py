@@ -18,15 +18,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
+<<<<<<< HEAD
 from llmtune.config import Run, sources_of
 from llmtune.config.adapt import has_adapter, sections
+=======
+from llmtune.config import Run
+>>>>>>> 13dc4f3 (Optimizers are a room: Adafactor, Lion, Muon, SGD, schedule-free and 8-bit AdamW, groups by rule, more schedules)
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import Strategy, axis_size
-from llmtune.training.adapting import learning_rates
-from llmtune.training.optimizer import make_optimizer, make_schedule
+from llmtune.training.groups import rates_and_undecayed
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState, init_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
@@ -96,7 +100,7 @@ def assemble(
 ) -> tuple[Program, optax.GradientTransformation]:
     """The program of these weights, and its optimizer. They may be abstract, for compiling ahead of time."""
     schedule = make_schedule(run.optimizer, steps)
-    optimizer = make_optimizer(run.optimizer, schedule, learning_rates(sections(run.adapt)))
+    optimizer = make_optimizer(run.optimizer, schedule, *rates_and_undecayed(run, weights.trainable))
     bind = functools.partial(
         LanguageModel,
         weights.graphdef,

@@ -22,6 +22,7 @@ STANDS_ON = {  # room -> the rooms that it may import, besides itself and llmtun
     "llmtune.weights": {"llmtune.kernels", "llmtune.sharding"},
     "llmtune.models": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},
     "llmtune.transforms": {"llmtune.weights", "llmtune.sharding"},
+    "llmtune.optimizers": {"llmtune.config", "llmtune.weights", "llmtune.sharding"},
     "llmtune.objectives": {"llmtune.kernels", "llmtune.weights", "llmtune.sharding"},
     "checkpoints_convert": {"llmtune.models", "llmtune.weights"},
 }

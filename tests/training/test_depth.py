@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llmtune.config import Optimizer
+from llmtune.config import AdamW
 from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import REPLICATED, make_mesh
-from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState
 from llmtune.training.step import make_train_step
@@ -31,8 +31,8 @@ def lowered_step(kind, layers):
     config = ModelConfig("LlamaForCausalLM", 256, 64, 96, layers, 4, 2, 16, **KINDS[kind])
     graphdef, declared = declare(config)
     trainable = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), declared)
-    schedule = make_schedule(Optimizer(), 10)
-    optimizer = make_optimizer(Optimizer(), schedule)
+    schedule = make_schedule(AdamW(), 10)
+    optimizer = make_optimizer(AdamW(), schedule)
     bind = functools.partial(LanguageModel, graphdef, remat=POLICIES["block"])
     step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable))

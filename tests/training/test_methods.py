@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from llmtune.config import Optimizer
+from llmtune.config import AdamW
 from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import REPLICATED, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
-from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
@@ -68,8 +68,8 @@ def train(name, strategy=None, remat="block"):
             lambda array, layout: array.sharding.is_equivalent_to(layout, array.ndim), params, expected
         )
         trainable, frozen = partition(params, transform.trains)
-        schedule = make_schedule(Optimizer(warmup_steps=0, schedule="constant", learning_rate=1e-2), STEPS)
-        optimizer = make_optimizer(Optimizer(), schedule)
+        schedule = make_schedule(AdamW(warmup_steps=0, schedule="constant", learning_rate=1e-2), STEPS)
+        optimizer = make_optimizer(AdamW(), schedule)
         bind = functools.partial(LanguageModel, graphdef, remat=POLICIES[remat], head_chunk=8)
         step = jax.jit(make_train_step(bind, next_token_loss, optimizer, schedule, table, 1, seed=5))
         tokens = rows_of_tokens()
@@ -198,8 +198,8 @@ def one_device():
 def test_products_of_a_step_in_forward_passes(one_device, kind, remat, low, high):
     transform = {"lora": lora(rank=8, alpha=16), "full": full}[kind]
     bind, base, trainable, frozen, batch = abstract(transform, remat)
-    schedule = make_schedule(Optimizer(), 10)
-    optimizer = make_optimizer(Optimizer(), schedule)
+    schedule = make_schedule(AdamW(), 10)
+    optimizer = make_optimizer(AdamW(), schedule)
     step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
     state = jax.eval_shape(lambda weights: init_state(weights, optimizer), trainable)
     whole = dot_flops(jax.make_jaxpr(step)(state, frozen, batch).jaxpr)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from llmtune.config import Optimizer
+from llmtune.config import AdamW
 from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import REPLICATED, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
-from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
@@ -37,8 +37,8 @@ def step_and_arguments(config, transform, remat, devices=1, seq=16, batch=8):
     mesh = make_mesh({"fsdp": -1}, jax.devices()[:devices])
     strategy = load_strategy("fsdp", configs_directory() / "strategies")
     draw = functools.partial(materialize, key=jax.random.key(0), mesh=mesh, strategy=strategy)
-    schedule = make_schedule(Optimizer(), 10)
-    optimizer = make_optimizer(Optimizer(), schedule)
+    schedule = make_schedule(AdamW(), 10)
+    optimizer = make_optimizer(AdamW(), schedule)
     with jax.set_mesh(mesh):
 
         @jax.jit

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 import llmtune
-from llmtune.config import Optimizer
+from llmtune.config import AdamW
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import REPLICATED, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
-from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
@@ -36,8 +36,8 @@ def step_and_arguments(transform, trains, remat="none", tied=False):
     draw = functools.partial(materialize, key=jax.random.key(0), mesh=mesh, strategy=REPLICATED)
     params = transform.apply(draw(declared), draw(transform.init(declared)))
     trainable, frozen = partition(params, trains)
-    schedule = make_schedule(Optimizer(), 10)
-    optimizer = make_optimizer(Optimizer(), schedule)
+    schedule = make_schedule(AdamW(), 10)
+    optimizer = make_optimizer(AdamW(), schedule)
     bind = functools.partial(LanguageModel, graphdef, remat=POLICIES[remat], head_chunk=8)
     step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
     ones = jnp.ones((BATCH, SEQ), jnp.int32)

@@ -6,7 +6,8 @@ Five iterations of a quintic polynomial bring all singular values near 1: 0.7 to
 0.2 sqrt(max(in, out)) O, whose elements are as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both share one
 learning rate; or sqrt(max(1, out / in)) O, as Jordan has it.
 
-Each matrix of a stack [L, in, out] is made orthogonal by itself.
+Each matrix of a stack [L, in, out] is made orthogonal by itself, whole on one device: the stack is dealt out over all devices,
+so that nothing is exchanged between the first iteration and the last.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from llmtune.optimizers.placement import layout_of, placed
 
@@ -45,7 +47,17 @@ def scale_by_muon(*, momentum: float, nesterov: bool, iterations: int, adjust: s
 
 def orthogonal(matrices: jax.Array, iterations: int) -> jax.Array:
     """The nearest matrices [..., in, out] whose singular values are all about 1, by Newton and Schulz's iteration."""
-    return placed(lambda m: _newton_schulz(m, iterations), layout_of(matrices))(matrices)
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def dealt(m: jax.Array) -> jax.Array:
+        stack = m.reshape(-1, *m.shape[-2:])
+        number = len(stack)
+        if not mesh.empty:
+            stack = jnp.pad(stack, ((0, -number % mesh.size), (0, 0), (0, 0)))
+            stack = jax.lax.with_sharding_constraint(stack, PartitionSpec(mesh.axis_names))
+        return _newton_schulz(stack, iterations)[:number].reshape(m.shape)
+
+    return placed(dealt, layout_of(matrices))(matrices)
 
 
 def _newton_schulz(m: jax.Array, iterations: int) -> jax.Array:

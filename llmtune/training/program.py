@@ -18,12 +18,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
-<<<<<<< HEAD
 from llmtune.config import Run, sources_of
-from llmtune.config.adapt import has_adapter, sections
-=======
-from llmtune.config import Run
->>>>>>> 13dc4f3 (Optimizers are a room: Adafactor, Lion, Muon, SGD, schedule-free and 8-bit AdamW, groups by rule, more schedules)
+from llmtune.config.adapt import has_adapter
 from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel

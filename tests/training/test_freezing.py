@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llmtune.config import Optimizer
+from llmtune.config import AdamW
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import REPLICATED, make_mesh
-from llmtune.training.optimizer import make_optimizer, make_schedule
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
 from llmtune.transforms import partition
@@ -52,8 +52,8 @@ def products_of_a_step(depths, trains):
     graphdef, declared = declare(config, depths)
     arrays = jax.tree.map(lambda own: jax.ShapeDtypeStruct(own.shape, "float32"), declared)
     trainable, frozen = partition(arrays, lambda path, weight: path.startswith(trains))
-    schedule = make_schedule(Optimizer(), 10)
-    optimizer = make_optimizer(Optimizer(), schedule)
+    schedule = make_schedule(AdamW(), 10)
+    optimizer = make_optimizer(AdamW(), schedule)
     bind = functools.partial(LanguageModel, graphdef)
     step = make_train_step(bind, next_token_loss, optimizer, schedule, REPLICATED, 1)
     state = jax.eval_shape(lambda weights: init_state(weights, optimizer), trainable)

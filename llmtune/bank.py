@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding
 
 from llmtune import pretrained
 from llmtune.errors import LlmtuneConfigError
-from llmtune.model import Model, adapter_of, load
+from llmtune.model import Model, adapter_of, base_of, read
 from llmtune.models.decoder import declare
 from llmtune.sharding import axis_size, put
 from llmtune.transforms import bank_of, choose_rows
+from llmtune.transforms import quantize as quantized
 from llmtune.weights import materialize
 
 
@@ -60,7 +61,8 @@ def load_bank(
     whole (modules_to_save) cannot be chosen by row and are refused.
     """
     named = adapters if isinstance(adapters, Mapping) else {str(directory): directory for directory in adapters}
-    model = load(path, dtype=dtype, strategy=strategy, quantize=quantize)
+    base = base_of(path) if quantize is None else base_of(path, quantized(quantize))
+    model = read(base, adapters=(), dtype=dtype, strategy=strategy)
     directories = [adapter_of(Path(directory)) for directory in named.values()]
     transform = bank_of([pretrained.read_factors(directory, model.config) for directory in directories])
     _, declared = declare(model.config)

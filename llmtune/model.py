@@ -28,7 +28,6 @@ from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, def
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
 from llmtune.transforms import Transform, build, chain, identity, quantize_each
-from llmtune.transforms import quantize as quantized
 from llmtune.weights import materialize, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -130,22 +129,22 @@ def load(
     adapters: Sequence[str | Path] = (),
     dtype: str | None = "float32",
     strategy: str | None = None,
-    quantize: str | None = None,
 ) -> Model:
     """A Hugging Face directory, a preset with random weights, or a run directory of llmtune; PEFT adapters on top, in order.
 
     dtype None keeps each tensor as stored and computes in the embedding's dtype. strategy None uses one device; a name
     (`fsdp`, `tensor`) spreads the model over all devices. The base of a run is kept in the bits that it was
-    trained on; `quantize` (nf4, int4, int8, fp8) keeps the matrices of the layers of any other model so.
+    trained on (`quantize`).
     """
+    return read(base_of(path), adapters=adapters, dtype=dtype, strategy=strategy)
+
+
+def read(base: "Base", *, adapters: Sequence[str | Path], dtype: str | None, strategy: str | None) -> Model:
+    """`load` of what a path was found to be."""
     if dtype is not None:
         _check_dtype(dtype)
     if isinstance(adapters, (str, Path)):
         adapters = [adapters]
-    run = _run_directory(Path(path))
-    if run is not None and quantize is not None:
-        raise LlmtuneConfigError(f"quantize: {path} is a run, whose base is kept as it trained; leave it out")
-    base = run or Base(str(path), kept=identity if quantize is None else quantized(quantize))
     source, own = pretrained.open_source(base.model), base.adapters
     source = source.apart() if base.untied else source
     for adapter in own:  # of a run: its tokenizer, chat template and ends of text need not be the base's
@@ -253,6 +252,14 @@ class Base:
     adapters: tuple[Path, ...] = ()
     kept: Transform = identity
     untied: bool = False
+
+
+def base_of(path: str | Path, kept: Transform = identity) -> Base:
+    """What a path names; `kept`: how the matrices of a model are quantised. Those of a run are, as they trained."""
+    run = _run_directory(Path(path))
+    if run is not None and kept is not identity:
+        raise LlmtuneConfigError(f"quantize: {path} is a run, whose base is kept as it trained; leave it out")
+    return run or Base(str(path), kept=kept)
 
 
 def _run_directory(path: Path) -> Base | None:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import llmtune
 from llmtune.errors import LlmtuneError
-from llmtune.model import _logits
+from llmtune.model import _logits, base_of, read
+from llmtune.transforms import quantize
 from llmtune.weights import has_codes
 from tests.parity.reference import save_model
 
@@ -61,7 +62,10 @@ def test_over_a_quantised_base_and_of_runs(base, adapters, tmp_path, kept):
     bank = llmtune.load_bank(base, {"wide": run, "narrow": adapters["narrow"]}, quantize=kept)
     chosen = ["narrow", "wide", None]
     given = {None: [], "wide": [adapters["wide"]], "narrow": [adapters["narrow"]]}
-    alone = {name: llmtune.load(base, adapters=own, quantize=kept) for name, own in given.items()}
+    alone = {
+        name: read(base_of(base, quantize(kept)), adapters=own, dtype="float32", strategy=None)
+        for name, own in given.items()
+    }
     expected = np.stack([alone[name].logits(TOKENS[k : k + 1])[0] for k, name in enumerate(chosen)])
     np.testing.assert_allclose(bank.rows(chosen).logits(TOKENS[:3]), expected, atol=1e-4, rtol=0)
     assert has_codes(bank.model.params)

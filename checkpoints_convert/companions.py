@@ -15,7 +15,8 @@ TOKENIZER = re.compile(
     r"|tekken\.json|.*\.model|.*\.model\.v\d+.*",
     re.IGNORECASE,
 )
-COMPANIONS = re.compile(rf"{TOKENIZER.pattern}|generation_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
+NOTICES = re.compile(r"LICENSE.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
+COMPANIONS = re.compile(rf"{TOKENIZER.pattern}|generation_config\.json|{NOTICES.pattern}", re.IGNORECASE)
 VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*\.model|.*\.model\.v\d+.*", re.IGNORECASE)
 
 

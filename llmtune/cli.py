@@ -6,7 +6,9 @@ Heavy imports happen inside the commands, so that `llmtune --help` is immediate.
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import llmtune
@@ -14,6 +16,7 @@ from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from llmtune.export_command import add_export
 from llmtune.plan_command import add_plan
+from llmtune.redaction import redact
 from llmtune.train_command import add_train
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {overrides[0]!r}")
     options.overrides = overrides
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.excepthook = _print_traceback
     try:
         code = options.run(options)
         sys.stdout.flush()
@@ -270,8 +274,13 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a defect, as ever, but for secrets in its text."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _refuse(message: str, code: int = exit_codes.USAGE) -> int:
-    print(f"llmtune: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"llmtune: error: {redact(' '.join(message.splitlines()))}", file=sys.stderr)
     return code
 
 

@@ -112,6 +112,7 @@ def _check(paths: list[Path]) -> int:
 
 def _quantize(options: argparse.Namespace) -> int:
     from llmtune import pretrained
+    from llmtune.provenance import carry_papers
 
     others = [name for name in ("check", "pad_rank", "compress_rank", "combine") if getattr(options, name) is not None]
     if others or len(options.adapters) > 1:
@@ -127,6 +128,9 @@ def _quantize(options: argparse.Namespace) -> int:
     if not (model / "config.json").is_file():
         raise LlmtuneConfigError(f"export: {path} is no model (it has no config.json); give a model, or a finished run")
     matrices = pretrained.export_quantized(model, output, options.quantize)
+    carry_papers(
+        model, output, f"Its matrices were then kept in {options.quantize} (compressed-tensors, a scale per output)."
+    )
     print(f"model: {output} ({matrices} matrices in {options.quantize}, one scale per output; compressed-tensors)")
     return 0
 

@@ -50,6 +50,12 @@ def add_train(commands: Any) -> None:
     )
     train.add_argument("--process", type=int, default=None, metavar="I", help="which of the N this is, from 0")
     train.add_argument("--coordinator", default=None, metavar="HOST:PORT", help="of process 0, a free port there")
+    train.add_argument(
+        "--profile",
+        default=None,
+        metavar="FIRST:LAST",
+        help="trace these steps into profile/ of the run (docs/tracking.md)",
+    )
     train.set_defaults(
         run=_train, takes_overrides=True, interrupted="; the same command resumes from the last checkpoint"
     )
@@ -73,15 +79,17 @@ def _keys_epilog() -> str:
 
 def _train(options: argparse.Namespace) -> int:
     from llmtune.config.file import load_run
+    from llmtune.training.profiling import parse_steps
     from llmtune.training.stopping import on_signals
 
     run = load_run(options.config, list(options.overrides))
     processes = _processes(options)
+    profile = None if options.profile is None else parse_steps(options.profile)
     with on_signals() as stop:
         if options.supervise:
             from llmtune.training.supervisor import Supervisor
 
-            arguments, grace = [options.config, *options.overrides], run.safeguards.heartbeat_seconds + 10
+            arguments, grace = _passed_on(options), run.safeguards.heartbeat_seconds + 10
             say = functools.partial(print, flush=True)  # between the lines of its processes
             return Supervisor(arguments, Path(run.output), processes or 1, options.restarts, grace, say).run(stop)
         from llmtune.training.joining import Place, end_with_parent, join
@@ -94,8 +102,14 @@ def _train(options: argparse.Namespace) -> int:
         alone = options.processes is None or processes == 1
         place = Place(options.coordinator, processes, options.process)
         with contextlib.nullcontext() if alone else join(place, run.safeguards.heartbeat_seconds):
-            train(run, stop=stop)
+            train(run, stop=stop, profile=profile)
     return exit_codes.DONE
+
+
+def _passed_on(options: argparse.Namespace) -> list[str]:
+    """What the processes of a supervised run are told."""
+    profile = [] if options.profile is None else ["--profile", options.profile]
+    return [options.config, *profile, *options.overrides]
 
 
 def _processes(options: argparse.Namespace) -> int | None:

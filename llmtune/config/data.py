@@ -23,6 +23,7 @@ class DataSource:
     weight: float = key("passes through it per epoch: 0.5 is half of its rows, the other half in the next epoch", 1.0)
     format: Format | None = key("of its rows; null: data.format", None)
     columns: dict[str, str] | None = key("its column names; null: data.columns", None)
+    license: str | None = key("under which it is published, for the model card; null: not stated", None)
 
 
 @dataclass(frozen=True)

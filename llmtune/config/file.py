@@ -197,7 +197,12 @@ def _read_method(given: Any, at: str, methods: Mapping[str, type], by: str = "me
 
 def dump_run(run: Run) -> str:
     """YAML that loads back to an equal run, every default written out."""
-    return yaml.dump(plain(run), Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_tree(plain(run))
+
+
+def dump_tree(tree: Any) -> str:
+    """YAML that `parse_yaml` reads back as it was."""
+    return yaml.dump(tree, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

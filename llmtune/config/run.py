@@ -11,7 +11,7 @@ types and impossible combinations are refused with the key's path, before anythi
      |- train                config/optimization.py
      |- checkpoint           config/checkpoint.py
      |- safeguards           config/safeguards.py
-     |- tracking             config/tracking.py
+     |- tracking, export     config/tracking.py, config/export.py
      `- sharding, evaluate
 """
 
@@ -22,6 +22,7 @@ from llmtune.config.adapt import METHODS, Adapt, LowRankSection, check_adapt, pl
 from llmtune.config.added import VirtualTokens
 from llmtune.config.checkpoint import Checkpoint, check_checkpoint
 from llmtune.config.data import Data, added_tokens, check_data, require_room
+from llmtune.config.export import Export, check_export
 from llmtune.config.key import key
 from llmtune.config.optimization import Train, check_train
 from llmtune.config.optimizers import OPTIMIZERS, AdamW, Optimizer
@@ -46,6 +47,7 @@ class Evaluate:
     every: int | None = key("steps between evaluations; null: only before and after", 50)
     max_batches: int | None = key("batches of validation data per evaluation; null: all", None)
     prompts: list[str] = key("continued greedily before and after training", [])
+    samples_every: int | None = key("steps between samples of the same prompts; null: only before and after", None)
     max_new_tokens: int = key("length of those samples", 64)
 
 
@@ -70,6 +72,7 @@ class Run:
     safeguards: Safeguards = key("against hangs and lost processes", Safeguards())
     evaluate: Evaluate = key("evaluation", Evaluate())
     tracking: Tracking = key("tracking", Tracking())
+    export: Export = key("export", Export())
 
 
 def check(run: Run) -> None:
@@ -81,6 +84,7 @@ def check(run: Run) -> None:
 
     check_data(run.data, require)
     check_tracking(run.tracking, require)
+    check_export(run.export, require)
     run.optimizer.check(require)
     check_train(run.train, require)
     if run.quantize is not None:
@@ -104,6 +108,7 @@ def check(run: Run) -> None:
             require_room(section.virtual_tokens, run.data, f"{at}.virtual_tokens")
     check_safeguards(run.safeguards, require)
     check_checkpoint(run.checkpoint, run.evaluate.every, bool(run.data.validation), require)
-    for path, value in (("evaluate.every", run.evaluate.every), ("evaluate.max_batches", run.evaluate.max_batches),
-                        ("evaluate.max_new_tokens", run.evaluate.max_new_tokens)):  # fmt: skip
+    evaluate = run.evaluate
+    for name in ("every", "max_batches", "samples_every", "max_new_tokens"):
+        path, value = f"evaluate.{name}", getattr(evaluate, name)
         require(value is None or value > 0, path, f"{value} must be positive")

@@ -34,6 +34,7 @@ class SourceReport:
     skipped: Mapping[str, int]
     skipped_first: tuple[str, ...]
     files: tuple[DataFile, ...]
+    license: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -88,6 +89,7 @@ class Reading:
             dict(skipped.reasons),
             tuple(skipped.first),
             tuple(read_identity(paths)),
+            source.license,
         )
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
         through = f", chat template {used.name}" if used else ""

@@ -25,11 +25,32 @@ from llmtune.pretrained.adapters import (
 )
 from llmtune.pretrained.added import read_branches
 from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert, export_quantized
-from llmtune.pretrained.source import Progress, Resize, Source, load, open_source, save, stored_matrices
+from llmtune.pretrained.source import Progress, Resize, Source, copy_notices, load, open_source, save, stored_matrices
 
 __all__ = [
-    "LAYOUTS", "Converted", "Finding", "LoadedAdapter", "Progress", "Resize", "Source", "as_exported", "base_of",
-    "check_adapter", "combine_adapter_files", "conversion_plan", "convert", "export_quantized", "fit_to_adapter",
-    "load", "load_adapter", "open_source", "read_branches", "read_factors", "resize_adapter", "save",
-    "save_adapter", "stored_matrices",
+    "LAYOUTS",
+    "Converted",
+    "Finding",
+    "LoadedAdapter",
+    "Progress",
+    "Resize",
+    "Source",
+    "as_exported",
+    "base_of",
+    "check_adapter",
+    "combine_adapter_files",
+    "conversion_plan",
+    "convert",
+    "copy_notices",
+    "export_quantized",
+    "fit_to_adapter",
+    "load",
+    "load_adapter",
+    "open_source",
+    "read_branches",
+    "read_factors",
+    "resize_adapter",
+    "save",
+    "save_adapter",
+    "stored_matrices",
 ]  # fmt: skip

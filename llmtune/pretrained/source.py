@@ -314,3 +314,9 @@ def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
             ):  # the slice is of this device alone, whatever mesh we are under
                 out[shard.index[len(place) :]] = np.asarray(shard.data[local])
     return out
+
+
+def copy_notices(source: Source, directory: Path) -> None:
+    """The base's licence, notices and use policy, without which nothing that is derived from it may be passed on."""
+    if source.directory is not None:
+        companions.copy_companions(source.directory, directory, companions.NOTICES)

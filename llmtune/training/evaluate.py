@@ -43,9 +43,9 @@ class Evaluator:
         placed = (self.program.place({name: rows[share] for name, rows in batch.items()}) for batch in batches)
         return held_out_loss(self.program.held_out_step, state.trainable, self.program.frozen, placed, documents)
 
-    def record(self, moment: str, state: TrainState) -> HeldOut | None:
-        """Measure and sample, and write both under `moment` ("before", "after") into evaluation.json."""
-        held_out, prompts, program = self.held_out(state), self.run.evaluate.prompts, self.program
+    def samples(self, state: TrainState) -> list[dict[str, str]]:
+        """`[{"prompt", "completion"}]` of the run's prompts; [] without any, or without a tokenizer."""
+        prompts, program = self.run.evaluate.prompts, self.program
         completions = sample(
             program.bind,
             combine(state.trainable, program.frozen),
@@ -57,11 +57,22 @@ class Evaluator:
             program.strategy,
             self.run.evaluate.max_new_tokens,
         )
+        pairs = zip(prompts, completions, strict=False)  # without a tokenizer there are no completions
+        return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+    def sample_at(self, step: int, state: TrainState) -> None:
+        """Samples into samples.jsonl, with their step."""
+        for own in self.samples(state):
+            if is_first():
+                self.directory.samples.log({"step": step, **own})
+
+    def record(self, moment: str, state: TrainState) -> HeldOut | None:
+        """Measure and sample, and write both under `moment` ("before", "after") into evaluation.json."""
+        held_out, samples = self.held_out(state), self.samples(state)
         figures: dict[str, Any] = {}
         if held_out is not None:
             figures = {"loss": held_out.loss, "perplexity": held_out.perplexity, "tokens": held_out.tokens}
-        pairs = zip(prompts, completions, strict=False)  # without a tokenizer there are no completions
-        figures["samples"] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        figures["samples"] = samples
         if is_first():
             self._write(moment, figures, held_out)
         return held_out

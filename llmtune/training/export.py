@@ -7,7 +7,7 @@ What a run taught goes with the weights: added tokens, the chat template, and wh
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def export_run(
     adapted: bool,
     whole: Sequence[str] = (),
     base: Any = None,
+    papers: Callable[[Path, str], None] = lambda directory, kind: None,
 ) -> dict[str, Path]:
     """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
@@ -35,6 +36,7 @@ def export_run(
 
     The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
     of weights that trained in whole beside the adapter, which therefore belong to it. `base`: see `pretrained.save`.
+    `papers(directory, kind)` puts the card of a model or of an adapter into its directory.
     """
     paths = {"model": directory / "model", "adapter": directory / "adapter"}
     for path in paths.values():
@@ -49,6 +51,7 @@ def export_run(
     def complete_model(partial: Path) -> None:
         complete(partial)
         write_ends(partial, data.end_ids, known=tokenizer is None)
+        papers(partial, "model")
 
     def complete_alone(partial: Path) -> None:
         complete(partial)
@@ -57,12 +60,18 @@ def export_run(
             json.dumps({"eos_token_id": list(ends)}) + "\n", encoding="utf-8"
         )
 
+    def complete_adapter(partial: Path) -> None:
+        (complete if merged else complete_alone)(partial)
+        pretrained.copy_notices(source, partial)
+        papers(partial, "adapter")
+
     if merged:
         pretrained.save(paths["model"], params, source, tokenizer=tokenizer, base=base, complete=complete_model)
     if adapted:
         home = tokenizer if merged else tokenizer or source.tokenizer_directory
-        finish = complete if merged else complete_alone
-        pretrained.save_adapter(paths["adapter"], params, source, whole=whole, tokenizer=home, complete=finish)
+        pretrained.save_adapter(
+            paths["adapter"], params, source, whole=whole, tokenizer=home, complete=complete_adapter
+        )
     return {kind: path for kind, path in paths.items() if path.is_dir()}
 
 

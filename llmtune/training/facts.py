@@ -124,6 +124,7 @@ def source_facts(source: SourceReport) -> Facts:
     return {
         **named,
         "weight": source.weight,
+        "license": source.license,
         "counts": counts,
         "skipped_first": list(source.skipped_first),
         "files": files,

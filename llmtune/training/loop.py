@@ -1,5 +1,7 @@
 """A training run, as a story read from top to bottom: data, mesh, weights, step, loop, export."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,9 +10,12 @@ from rich.console import Console
 from llmtune import pretrained
 from llmtune.config import Run
 from llmtune.config.adapt import has_adapter
+from llmtune.config.file import plain
 from llmtune.data import RunData, load_data, read_batches
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report
+from llmtune.provenance import Found, Papers, settle_license, write_papers
+from llmtune.redaction import redact_tree
 from llmtune.sharding import Devices
 from llmtune.tracking import require_installed
 from llmtune.training.announcements import Summary, conclude, describe
@@ -35,18 +40,26 @@ from llmtune.transforms import combine
 
 
 def train(
-    run: Run, display: Display | None = None, devices: Devices | None = None, stop: Stop | None = None
+    run: Run,
+    display: Display | None = None,
+    devices: Devices | None = None,
+    stop: Stop | None = None,
+    profile: range | None = None,
 ) -> Summary:
     """Carry out a run, or take it up where its last checkpoint left it, on `devices` (default: all there are).
 
-    `stop`: how it is asked to stop between two steps, which it then saves. Raises LlmtuneError for what a user can mend, and
-    Interrupted once it has stopped.
+    `stop`: how it is asked to stop between two steps, which it then saves; `profile`: the steps that are traced. Raises
+    LlmtuneError for what a user can mend, and Interrupted once it has stopped.
     """
     stop = stop or Stop()
     with display or Display(None if is_first() else Console(quiet=True)) as display:
         source, vocabulary = settle_vocabulary(run, pretrained.open_source(run.model))
-        display.phase("tokenising", total=None)
         require_installed(run.tracking.to)
+        found = settle_license(
+            source.directory, run.model, stated=run.export.license, accepted=run.export.accept_license,
+            name=run.export.name, default_name=Path(run.output).name,
+        )  # fmt: skip
+        display.phase("tokenising", total=None)
         data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
 
@@ -72,7 +85,7 @@ def train(
                     before = measure("before", state, evaluator, display)
                     with stop.deferred():
                         state = run_steps(
-                            run, data, steps, program, state, evaluator, checkpoints, session, display, stop
+                            run, data, steps, program, state, evaluator, checkpoints, session, display, stop, profile
                         )
                 after = measure("after", state, evaluator, display)
 
@@ -82,7 +95,7 @@ def train(
                 with written_once(directory.export) as export:
                     exports = export_run(
                         export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
-                        base=merge_base(run, source),
+                        base=merge_base(run, source), papers=papers_of(run, directory, found, source.digest),
                     )  # fmt: skip
                 if run.quantize is not None and "model" in exports:  # else nothing was merged
                     session.note(merge=report_merge(run, source, params, program, data, exports["model"], display))
@@ -104,6 +117,7 @@ def run_steps(
     session: Session,
     display: Display,
     stop: Stop,
+    profile: range | None,
 ) -> TrainState:
     """The loop itself: one compiled step; the next batch is read and placed while the device computes.
 
@@ -128,7 +142,7 @@ def run_steps(
         raise Interrupted(stopping)
 
     watchdog = Watchdog(run.safeguards.hang_seconds, evaluator.directory.stacks)
-    with open_trackers(run, evaluator.directory, first, display.note) as tracker, watchdog:
+    with open_trackers(run, evaluator.directory, first, display.note, profile) as tracker, watchdog:
         meter = Meter(program.work, data.source_names, position, evaluator.directory.metrics.seconds(), session.began)
         for number in range(first + 1, steps + 1):
             state, metrics = step(state, program.frozen, batch)
@@ -140,6 +154,9 @@ def run_steps(
                     held_out = evaluator.held_out(state)
                 row |= {} if held_out is None else {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
             tracker.log(row)
+            if run.evaluate.samples_every is not None and number % run.evaluate.samples_every == 0:
+                with watchdog.paused():
+                    evaluator.sample_at(number, state)
             display.advance(1, step_status(row))
             stopping, failed = highest([stop.signal, checkpoints.has_failed()])
             with watchdog.paused():
@@ -159,6 +176,16 @@ def measure(moment: str, state: TrainState, evaluator: Evaluator, display: Displ
         return evaluator.recorded(moment)
     display.phase("evaluating", total=None)
     return evaluator.record(moment, state)
+
+
+def papers_of(run: Run, directory: RunDirectory, found: Found, base_digest: str) -> Callable[[Path, str], None]:
+    """What puts card and provenance beside an export of the run, from what is known of it by then."""
+
+    def write(exported: Path, kind: str) -> None:
+        facts = Papers(redact_tree(plain(run)), directory.read_facts(), directory.read_evaluation(), found)
+        write_papers(exported, kind, facts, base_digest)
+
+    return write
 
 
 def open_checkpoints(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.redaction import redact
 from llmtune.training.files import write_whole, written_plainly
 
 
@@ -17,7 +18,7 @@ class MetricsFile:
     def log(self, row: dict[str, Any]) -> None:
         """One line: plain numbers and strings by name."""
         with written_plainly(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(redact(json.dumps(row)) + "\n")
 
     def close(self) -> None:
         """Nothing is held back."""

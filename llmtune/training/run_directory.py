@@ -1,11 +1,13 @@
 """The directory of a run: what belongs to it, and that nobody else's run is touched.
 
 config.yaml      the resolved configuration; the same one resumes, another is refused with what differs
-                 (but for `sharding`, `checkpoint`, `safeguards` and `tracking`: a run may go on, on other devices)
+                 (but for `sharding`, `checkpoint`, `safeguards`, `tracking`, `export`: a run may go on elsewhere)
 data.sha256      of the data files; a resumed run must see the same
 base.sha256      of the model that it began with (see `pretrained.Source.digest`), which checkpoints of an adapter refer to
 metrics.jsonl    an object per step
 tensorboard/     the same, for TensorBoard
+samples.jsonl    completions of evaluate.prompts, an object per step and prompt
+profile/         a trace, where one was asked for
 run.json         model, data, sessions: versions, devices, seconds, peak memory
 checkpoints/     a directory per step, see llmtune.training.checkpoint
 hang.txt         stacks of all threads, of a session that hung
@@ -25,14 +27,20 @@ import jax
 import numpy as np
 
 from llmtune.config import Run
-from llmtune.config.file import dump_run, flat, parse_yaml
+from llmtune.config.file import dump_tree, flat, parse_yaml, plain
 from llmtune.errors import LlmtuneConfigError, LlmtuneError
-from llmtune.redaction import redact
+from llmtune.redaction import redact_tree
 from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
 from llmtune.training.processes import is_first
 
-MAY_CHANGE = ("sharding", "checkpoint", "safeguards", "tracking")  # sections that a resumed run may have otherwise
+MAY_CHANGE = (
+    "sharding",
+    "checkpoint",
+    "safeguards",
+    "tracking",
+    "export",
+)  # sections that a resumed run may have otherwise
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ class RunDirectory:
     def metrics(self) -> MetricsFile:
         """An object per step."""
         return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def samples(self) -> MetricsFile:
+        """An object per step and prompt."""
+        return MetricsFile(self.path / "samples.jsonl")
+
+    @property
+    def profile(self) -> Path:
+        """A trace, for TensorBoard or Perfetto."""
+        return self.path / "profile"
 
     @property
     def checkpoints(self) -> Path:
@@ -91,7 +109,7 @@ class RunDirectory:
         with written_plainly(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
-            write_whole(self.config, dump_run(run))
+            write_whole(self.config, written_run(run))
             write_whole(self.data, data_digest + "\n")
             write_whole(self.base, base_digest + "\n")
         except BaseException:
@@ -136,6 +154,11 @@ class RunDirectory:
         os.replace(partial, folder / f"{moment}.npy")
 
 
+def written_run(run: Run) -> str:
+    """The configuration as config.yaml holds it: resolved, without secrets."""
+    return dump_tree(redact_tree(plain(run)))
+
+
 def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
     """The run's directory, new or taken up again; nothing is written yet.
 
@@ -143,7 +166,7 @@ def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
     """
     directory = RunDirectory(Path(run.output).absolute())
     if directory.config.exists():
-        _refuse_another_run(directory, redact(dump_run(run)))
+        _refuse_another_run(directory, written_run(run))
         for path, digest, what in (
             (directory.data, data_digest, "other data (its files have"),
             (directory.base, base_digest, f"another base model (the files of {run.model} have"),

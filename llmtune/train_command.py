@@ -79,12 +79,11 @@ def _keys_epilog() -> str:
 
 def _train(options: argparse.Namespace) -> int:
     from llmtune.config.file import load_run
-    from llmtune.training.profiling import parse_steps
     from llmtune.training.stopping import on_signals
 
     run = load_run(options.config, list(options.overrides))
     processes = _processes(options)
-    profile = None if options.profile is None else parse_steps(options.profile)
+    profile = None if options.profile is None else _steps(options.profile)
     with on_signals() as stop:
         if options.supervise:
             from llmtune.training.supervisor import Supervisor
@@ -104,6 +103,12 @@ def _train(options: argparse.Namespace) -> int:
         with contextlib.nullcontext() if alone else join(place, run.safeguards.heartbeat_seconds):
             train(run, stop=stop, profile=profile)
     return exit_codes.DONE
+
+
+def _steps(text: str) -> range:
+    from llmtune.training.profiling import parse_steps  # here, for jax comes with it
+
+    return parse_steps(text)
 
 
 def _passed_on(options: argparse.Namespace) -> list[str]:

@@ -2,11 +2,19 @@
 
 llmtune plan CONFIG.yaml --topology v5e:16x16
 llmtune plan CONFIG.yaml --topology v5p-128 --strategies fsdp,tensor
+llmtune plan CONFIG.yaml --topology v5p-128 --search --write planned.yaml
 """
 
 import argparse
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import LlmtuneConfigError
+
+if TYPE_CHECKING:
+    from llmtune.planning.ahead import Compiled
+    from llmtune.planning.layout import Layout
 
 
 def add_plan(commands: Any) -> None:
@@ -14,9 +22,9 @@ def add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="whether a run fits on devices that are not here, and what a step of it takes",
-        description="Compile the train step of a run for a TPU topology that need not be here, and say what it takes: memory, "
+        description="Compile the train step of a run for a topology that need not be here, and say what it takes: memory, "
         "FLOPs, exchanges, the least time of a step. No data and no weights are read.",
-        usage="llmtune plan CONFIG.yaml --topology NAME [--strategies A,B] [--section.key VALUE ...]",
+        usage="llmtune plan CONFIG.yaml --topology NAME [--strategies A,B | --search] [--section.key VALUE ...]",
     )
     plan.add_argument("config", metavar="CONFIG.yaml", help="the run, as for llmtune train")
     plan.add_argument(
@@ -24,6 +32,17 @@ def add_plan(commands: Any) -> None:
     )
     plan.add_argument(
         "--strategies", default=None, metavar="A,B", help="compared side by side; default: the run's own strategy"
+    )
+    plan.add_argument(
+        "--search",
+        action="store_true",
+        help="try every mesh, remat policy and number of microbatches; compile the best",
+    )
+    plan.add_argument(
+        "--write", default=None, metavar="FILE", help="the best plan as a configuration for llmtune train"
+    )
+    plan.add_argument(
+        "--quick", action="store_true", help="stop each compilation before machine code: the same figures, much sooner"
     )
     plan.set_defaults(run=_plan, takes_overrides=True)
 
@@ -33,14 +52,46 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from llmtune.config.file import load_run
+    from llmtune.planning.mend import mend
     from llmtune.planning.plan import plan_run
-    from llmtune.planning.text import print_plans
+    from llmtune.planning.search import rank, search, write_layout
+    from llmtune.planning.text import print_plans, verdict
     from llmtune.planning.topology import parse_topology
 
     topology = parse_topology(options.topology)
     run = load_run(options.config, list(options.overrides))
     strategies = [name.strip() for name in options.strategies.split(",")] if options.strategies else []
-    progress = Console(stderr=True, highlight=False, soft_wrap=True)
-    plans = plan_run(run, topology, strategies, lambda line: progress.print(line, markup=False))
-    print_plans(plans, Console(highlight=False))
+    progress, console = Console(stderr=True, highlight=False, soft_wrap=True), Console(highlight=False)
+
+    def note(line: str) -> None:
+        progress.print(line, markup=False)
+
+    compile_layout = _assign if options.quick else _compile
+    plans = (search if options.search else plan_run)(run, topology, strategies, compile_layout, note)
+    print_plans(plans, console)
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        mended = mend(min(plans, key=lambda plan: plan.needed), compile_layout, note)
+        fitting = [] if mended is None else [mended.plan]
+        nothing = "no change that was tried makes it fit"
+        console.print(nothing if mended is None else f"the nearest change that fits: {mended.change}", markup=False)
+        if mended is not None:
+            console.print(verdict(mended.plan), markup=False)
+    if options.write is not None:
+        if not fitting:
+            raise LlmtuneConfigError(f"--write: nothing fits, and {options.write} is not written")
+        write_layout(min(fitting, key=lambda plan: rank(plan.times)), Path(options.write))
+        console.print(f"written: {options.write}", markup=False)
     return 0
+
+
+def _compile(layout: "Layout") -> "Compiled":
+    from llmtune.planning.ahead import compile_step
+
+    return compile_step(layout.run, layout.source, layout.mesh, layout.strategy)
+
+
+def _assign(layout: "Layout") -> "Compiled":
+    from llmtune.planning.ahead import assign_step
+
+    return assign_step(layout.run, layout.source, layout.topology.name, layout.mesh, layout.strategy)

@@ -1,10 +1,18 @@
-"""The very train step of a run, compiled for devices that are not here, and what its compiler says of it.
+"""The very train step of a run, given to the compiler of devices that are not here, and what it says of the program.
 
 libtpu compiles for any topology on any machine; nothing runs. The program's text and the compiler's reports come from a dump
-into a temporary directory, because jaxlib cannot read back every program that libtpu writes.
+into a temporary directory: jaxlib cannot read back every program that libtpu writes, and the reports are there also of a
+program that does not fit.
+
+    compile_step   to the end: the program is known to be one that the device can be given
+    assign_step    until every buffer has its place: memory and exchanges are final, machine code is not made. Most of the time
+                   of a compilation goes into machine code, so that this takes a small part of it; what can still fail is a kernel
+                   that does not fit the vector memory
 """
 
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,80 +24,109 @@ from jax.sharding import Mesh
 
 from llmtune import pretrained
 from llmtune.config import Run
-from llmtune.planning.abstract import abstract_program
+from llmtune.config.file import dump_run
+from llmtune.errors import LlmtuneError
+from llmtune.planning.abstract import abstract_program, device_bytes
 from llmtune.planning.collectives import Collective, collectives
 from llmtune.planning.hlo import kernels, read
 from llmtune.sharding import Strategy
 
 # Collectives are not cut into pieces that run beside pieces of a product: such programs take minutes to compile at 256 devices.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-OUT_OF_MEMORY = re.compile(
-    r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])"
-)
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+REPORT, PROGRAM = "*memory-usage-report.txt", "*after_optimizations.txt"
+LAST = "*after_optimizations_after_buffer_assignment.txt"  # written when buffers have their places
+NEEDED = re.compile(r"Memory Space: default .*\nTotal bytes: (\d+)")
+PATIENCE = 3600  # seconds
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Bytes per device: `peak` of all that is alive at a time, `arguments` of what goes in. `seconds` it took to compile.
+    """Bytes on a device: `arguments` go in; `needed` is what the program reserves, arguments included, and must be there.
 
-    `fits` False: the compiler refused the program; peak is then what it says was needed, and nothing else is known.
-    `kernels`: names of custom kernels in the program.
+    `alive`: the most that the compiler sees in use at one time, less than it reserves; None where machine code was not made.
+    `kernels`: names of the custom kernels in the program. `seconds`: what it took.
     """
 
-    fits: bool
-    peak: int
     arguments: int
-    temporaries: int
-    code: int
+    needed: int
+    alive: int | None
     collectives: tuple[Collective, ...]
     kernels: tuple[str, ...]
     seconds: float
-    cpu_seconds: float
 
 
 def compile_step(run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy) -> Compiled:
     """Compile the run's train step for the mesh's devices. Raises what `abstract_program` raises, before it compiles."""
+    start, alive = time.perf_counter(), None
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory(prefix="llmtune-plan-") as name:
+        directory = Path(name)
+        program, inputs = abstract_program(run, source, mesh, strategy)
+        lowered = program.lower(inputs.state, inputs.batch)
+        try:
+            compiled = lowered.compile(compiler_options=dumping(directory, mesh))
+            memory: Any = compiled.memory_analysis()
+            alive = memory.peak_memory_in_bytes
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or not list(directory.glob(REPORT)):
+                raise
+        arguments = device_bytes(jax.tree.leaves((inputs.state, program.frozen, inputs.batch)))
+        return _read(directory, mesh, arguments, alive, time.perf_counter() - start)
+
+
+def assign_step(run: Run, source: pretrained.Source, topology: str, mesh: Mesh, strategy: Strategy) -> Compiled:
+    """The same without machine code, by a process of its own that is ended when the compiler's reports are there.
+
+    `run.sharding` must name the mesh and the strategy that are given.
+    """
+    start = time.perf_counter()
     with jax.set_mesh(mesh):
         program, inputs = abstract_program(run, source, mesh, strategy)
-        start, cpu = time.perf_counter(), time.process_time()
-        with tempfile.TemporaryDirectory(prefix="llmtune-plan-") as directory:
-            compiled, refused = _compile(program.lower(inputs.state, inputs.batch), mesh, Path(directory))
-            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-            if compiled is None:
-                return Compiled(False, refused, 0, 0, 0, (), (), seconds, cpu_seconds)
-            text = _text(compiled, Path(directory))
-    memory: Any = compiled.memory_analysis()
+    arguments = device_bytes(jax.tree.leaves((inputs.state, program.frozen, inputs.batch)))
+    with tempfile.TemporaryDirectory(prefix="llmtune-plan-") as name:
+        directory = Path(name)
+        (directory / "run.yaml").write_text(dump_run(run), encoding="utf-8")
+        command = [sys.executable, "-m", "llmtune.planning.child", str(directory / "run.yaml"), topology, name]
+        with (directory / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
+            try:
+                _wait_for_reports(directory, child)
+            finally:
+                child.kill()
+        return _read(directory, mesh, arguments, None, time.perf_counter() - start)
+
+
+def dumping(directory: Path, mesh: Mesh) -> dict[str, Any]:
+    """Compiler options for this mesh's platform, with its reports into a directory."""
+    own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    only = {"xla_dump_hlo_module_re": ".*step.*", "xla_dump_hlo_as_text": True}
+    return {**own, **only, "xla_dump_to": str(directory)}
+
+
+def _wait_for_reports(directory: Path, child: subprocess.Popen) -> None:
+    """Until every report is whole. Raises what the child's log says where it ends without them."""
+    begun = time.monotonic()
+    while not all(list(directory.glob(pattern)) for pattern in (REPORT, PROGRAM, LAST)):
+        if child.poll() is not None:
+            said = (directory / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise LlmtuneError(f"plan: the compiler ended without a program: {said[-1] if said else 'it said nothing'}")
+        if time.monotonic() - begun > PATIENCE:
+            raise LlmtuneError(f"plan: the compiler took more than {PATIENCE} seconds")
+        time.sleep(0.2)
+    before: list[int] = []
+    while before != (now := [path.stat().st_size for path in sorted(directory.glob("*.txt"))]):
+        before = now
+        time.sleep(0.5)
+
+
+def _read(directory: Path, mesh: Mesh, arguments: int, alive: int | None, seconds: float) -> Compiled:
+    """What the reports say. A program of several modules has one step, the largest."""
+    text = max((path.read_text(encoding="utf-8") for path in directory.glob(PROGRAM)), key=len)
+    found = [NEEDED.search(path.read_text(encoding="utf-8")) for path in directory.glob(REPORT)]
     module = read(text)
     return Compiled(
-        True,
-        memory.peak_memory_in_bytes,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-        tuple(collectives(module, mesh.axis_names, tuple(mesh.shape.values()))),
-        tuple(kernels(module)),
-        seconds,
-        cpu_seconds,
+        arguments=arguments,
+        needed=max(int(match[1]) for match in found if match),
+        alive=alive,
+        collectives=tuple(collectives(module, mesh.axis_names, tuple(mesh.shape.values()))),
+        kernels=tuple(kernels(module)),
+        seconds=seconds,
     )
-
-
-def _compile(lowered: jax.stages.Lowered, mesh: Mesh, directory: Path) -> tuple[jax.stages.Compiled | None, int]:
-    """The compiled program; or None, and the bytes that it would have needed."""
-    options: dict[str, Any] = {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
-    if mesh.devices.flat[0].platform == "tpu":
-        options |= TPU_OPTIONS
-    try:
-        return lowered.compile(compiler_options=options), 0
-    except jax.errors.JaxRuntimeError as error:
-        found = OUT_OF_MEMORY.search(str(error))
-        if found is None:
-            raise
-        needed, unit = (found[1], found[2]) if found[1] else (found[5], found[6])
-        return None, round(float(needed) * UNITS[unit])
-
-
-def _text(compiled: jax.stages.Compiled, directory: Path) -> str:
-    """The optimised program, from the dump of the module that the step became."""
-    dumps = sorted(directory.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
-    return dumps[-1].read_text(encoding="utf-8") if dumps else compiled.as_text() or ""

@@ -6,83 +6,94 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.planning.plan import Plan, describe_mesh
+from llmtune.planning.layout import describe_mesh, device_count
+from llmtune.planning.plan import Plan
 
 GB, TERA = 1e9, 1e12
+Rows = list[tuple[str, list[str]]]  # (name, a cell for each plan)
 
 
 def print_plans(plans: Sequence[Plan], console: Console) -> None:
     """Memory, work, exchanges and time, one column for each plan, and the verdict below."""
-    first = plans[0]
-    console.print(
-        Text(
-            f"{first.run.model}, {first.run.train.batch_size} rows of {first.run.data.sequence_length:,} tokens a step, on "
-            f"{first.topology.name} ({first.devices} devices)"
-        )
-    )
+    layout = plans[0].layout
+    run, count = layout.run, device_count(layout.sizes)
+    rows = f"{run.train.batch_size} rows of {run.data.sequence_length:,} tokens a step"
+    console.print(Text(f"{run.model}, {rows}, on {layout.topology.name} ({count} devices)"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("per device")
     for plan in plans:
-        table.add_column(f"{plan.strategy}\n{describe_mesh(plan.mesh)}", justify="right")
-    for section, rows in sections(plans):
+        table.add_column(heading(plan), justify="right")
+    for section, lines in sections(plans):
         table.add_row(Text(section, style="bold"))
-        for name, cells in rows:
+        for name, cells in lines:
             table.add_row(f"  {name}", *cells)
     console.print(table)
     for plan in plans:
         console.print(Text(verdict(plan), style="green" if plan.fits else "red"))
 
 
-def sections(plans: Sequence[Plan]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """(section, rows of (name, a cell for each plan))."""
-    memory = [
-        ("weights", [_gb(p.state.weights) for p in plans]),
-        ("adapters", [_gb(p.state.adapters) for p in plans]),
-        ("optimizer state", [_gb(p.state.moments) for p in plans]),
-        ("gradients, activations, temporaries", [_gb(p.compiled.peak - p.state.total) for p in plans]),
-        ("peak", [_gb(p.compiled.peak) for p in plans]),
-        ("memory of the device", [_gb(p.limit) for p in plans]),
+def heading(plan: Plan) -> str:
+    """The strategy, its mesh and what else differs between plans of a search."""
+    train = plan.layout.run.train
+    pieces = f", {train.microbatches} microbatches" if train.microbatches > 1 else ""
+    return f"{plan.layout.strategy.name}\n{describe_mesh(plan.layout.sizes)}\nremat {train.remat}{pieces}"
+
+
+def sections(plans: Sequence[Plan]) -> list[tuple[str, Rows]]:
+    """(section, its rows), for the terminal and for the page."""
+    memory = [(name, [_gb(plan.memory[name]) for plan in plans]) for name in plans[0].memory]
+    memory += [
+        ("needed", [_gb(plan.needed) for plan in plans]),
+        ("of the device's", [_gb(plan.limit) for plan in plans]),
+        ("estimated before compiling", [_gb(plan.layout.memory.total) for plan in plans]),
     ]
+    if any(plan.compiled is not None and plan.compiled.alive is not None for plan in plans):
+        memory.insert(-2, ("alive at one time", [_alive(plan) for plan in plans]))
+    costs = [(plan.layout.costs, device_count(plan.layout.sizes)) for plan in plans]
     work = [
-        ("model TFLOP", [f"{p.costs.model_flops / p.devices / TERA:,.1f}" for p in plans]),
-        ("computed TFLOP", [f"{p.costs.computed_flops / p.devices / TERA:,.1f}" for p in plans]),
+        ("model TFLOP", [f"{own.model_flops / count / TERA:,.1f}" for own, count in costs]),
+        ("computed TFLOP", [f"{own.computed_flops / count / TERA:,.1f}" for own, count in costs]),
     ]
-    kinds = sorted({(c.kind, c.axes) for p in plans for c in p.compiled.collectives})
-    exchanged = [
-        (f"{kind} over {axes}", [_exchange(p, kind, axes) for p in plans])
-        for kind, axes in kinds
-        if any(c.wire >= 1e6 for p in plans for c in p.compiled.collectives if (c.kind, c.axes) == (kind, axes))
-    ]
-    total = ("all", [_gb(sum(c.wire for c in p.compiled.collectives)) for p in plans])
-    times = [
-        ("compute", [_ms(p.roofline.compute) for p in plans]),
-        ("memory", [_ms(p.roofline.memory) for p in plans]),
-        ("chip interconnect", [_ms(p.roofline.ici) for p in plans]),
-        ("data-center network", [_ms(p.roofline.dcn) for p in plans]),
-        ("step, all overlapped", [_ms(p.roofline.overlapped) for p in plans]),
-        ("step, exchanges apart", [_ms(p.roofline.apart) for p in plans]),
-        ("MFU at most", [f"{p.roofline.mfu:.0%}" for p in plans]),
-    ]
+    kinds = sorted({(own.kind, own.axes) for plan in plans for own in plan.exchanged if own.wire >= 1e6})
+    exchanged = [(f"{kind} over {axes}", [_exchange(plan, kind, axes) for plan in plans]) for kind, axes in kinds]
+    exchanged += [("all", [_gb(sum(own.wire for own in plan.exchanged)) for plan in plans])]
     return [
         ("memory, GB", memory),
         ("work of a step", work),
-        ("exchanged in a step, GB on the wire", [*exchanged, total]),
-        ("least time, ms", times),
+        ("exchanged in a step, GB on the wire", exchanged),
+        ("least time, ms", _times(plans)),
+    ]
+
+
+def _times(plans: Sequence[Plan]) -> Rows:
+    times = [plan.times for plan in plans]
+    return [
+        ("compute", [_ms(own.compute) for own in times]),
+        ("memory", [_ms(own.memory) for own in times]),
+        ("chip interconnect", [_ms(own.ici) for own in times]),
+        ("data-center network", [_ms(own.dcn) for own in times]),
+        ("step, all overlapped", [_ms(own.overlapped) for own in times]),
+        ("step, exchanges apart", [_ms(own.apart) for own in times]),
+        ("tokens/s at most", [f"{plan.tokens_per_second:,.0f}" for plan in plans]),
+        ("MFU at most", [f"{own.mfu:.0%}" for own in times]),
     ]
 
 
 def verdict(plan: Plan) -> str:
     """One sentence: fits, or by how much it does not."""
-    room = plan.limit - plan.compiled.peak
+    name, room = plan.layout.strategy.name, plan.limit - plan.needed
+    by = "" if plan.compiled is not None else ", by estimate alone: no compiler for this chip is installed"
     if plan.fits:
-        return f"{plan.strategy}: fits, {_gb(room)} GB of {_gb(plan.limit)} GB to spare"
-    return (
-        f"{plan.strategy}: does not fit, {_gb(-room)} GB above the {_gb(plan.limit)} GB of a {plan.topology.chip.name}"
-    )
+        return f"{name}: fits, {_gb(room)} GB of {_gb(plan.limit)} GB to spare{by}"
+    return f"{name}: does not fit, {_gb(-room)} GB above the {_gb(plan.limit)} GB of a {plan.layout.topology.chip.name}{by}"
+
+
+def _alive(plan: Plan) -> str:
+    return "-" if plan.compiled is None or plan.compiled.alive is None else _gb(plan.compiled.alive)
 
 
 def _exchange(plan: Plan, kind: str, axes: str) -> str:
-    own = [c for c in plan.compiled.collectives if (c.kind, c.axes) == (kind, axes)]
+    own = [c for c in plan.exchanged if (c.kind, c.axes) == (kind, axes)]
     return f"{sum(c.count for c in own)} x, {_gb(sum(c.wire for c in own))}" if own else "-"
 
 

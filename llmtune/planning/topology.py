@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,20 @@ def _cloud_shape(name: str, chip: str, family: Family, count: int) -> tuple[int,
         )
     shape = tuple(2 ** ((power + n) // family.sides) for n in range(family.sides))
     return tuple(sorted(shape, reverse=total < 8))  # 2x2x1, but 2x2x4
+
+
+def larger(topology: Topology) -> Iterator[Topology]:
+    """Topologies of the same chips with 2, 4 and 8 times as many."""
+    shape = topology.shape
+    for _ in range(3):
+        at = 0 if topology.family is None else shape.index(min(shape))  # of GPUs more hosts, of TPUs the shortest side
+        shape = tuple(size * 2 if n == at else size for n, size in enumerate(shape))
+        if topology.family is not None and math.prod(shape) > topology.family.pod:
+            return
+        slices = f"*{topology.slices}" if topology.slices > 1 else ""
+        yield Topology(
+            f"{topology.chip.name}:{'x'.join(map(str, shape))}{slices}", topology.chip, shape, topology.slices
+        )
 
 
 def devices(topology: Topology) -> list[Any]:

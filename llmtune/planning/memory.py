@@ -1,0 +1,107 @@
+"""Bytes on each device at the fullest moment of a step, in closed form: for search, and where there is no compiler.
+
+    state       weights, adapters, moments: exact, from shapes, dtypes and shardings
+    gradients   float32, laid out as what trains; twice where microbatches are added up
+    copies      of the blocks' trainable weights in the dtype of the products: the compiler forms them before the scan
+    kept        what the remat policy keeps of every block for the backward pass, from the names that blocks give
+    block       intermediate arrays of the block that goes backward
+    loss        logits of one piece of the vocabulary, and what stands around them
+
+Which intermediate arrays have places of their own is the compiler's choice. Their number was fitted to programs of libtpu:
+tests/planning/points.json has what each of them needs, and a test holds the estimate to within 10 % of it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llmtune.config import Run
+from llmtune.models.config import ModelConfig
+from llmtune.planning.abstract import Inputs, device_bytes
+from llmtune.sharding import Strategy, axis_size
+
+LOGITS = 2**28  # bytes of the float32 logits that a device holds at a time
+INNER, HIDDEN = (
+    9.5,
+    5.5,
+)  # arrays of the MLP's width and of the residual's that a block's backward pass has at once: fitted
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a device, part by part; `total` is the fullest moment of a step.
+
+    `block`: intermediate arrays of the block that goes backward; `loss`: those around the logits. One of them is there at a time.
+    """
+
+    weights: int
+    adapters: int
+    moments: int
+    gradients: int
+    copies: int
+    kept: int
+    block: int
+    loss: int
+
+    @property
+    def state(self) -> int:
+        """What is there before a step begins."""
+        return self.weights + self.adapters + self.moments
+
+    @property
+    def temporaries(self) -> int:
+        """What comes and goes within a step, besides gradients and what blocks keep."""
+        return self.copies + max(self.block, self.loss)
+
+    @property
+    def total(self) -> int:
+        """Of all at the fullest moment."""
+        return self.state + self.gradients + self.kept + self.temporaries
+
+
+def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, strategy: Strategy) -> Memory:
+    """Of one layout of a run."""
+    trainable, frozen = inputs.weights.trainable, inputs.weights.frozen
+    whole, itemsize = device_bytes(jax.tree.leaves(trainable)), jnp.dtype(run.train.dtype).itemsize
+
+    def ways(*axes: str) -> int:
+        return math.prod(axis_size(mesh, part) for part in strategy.spec(*axes))
+
+    tokens = run.train.batch_size * run.data.sequence_length / run.train.microbatches / ways("batch", "seq")
+    residual = tokens * ways("seq") / ways("residual_seq") * config.hidden_size / ways("act_embed")
+    through_experts = 1 if config.experts is None else config.experts.num_experts_per_tok
+    inner = tokens * through_experts * config.intermediate_size / ways("act_mlp")
+    logits = min(LOGITS, tokens * config.vocab_size / ways("act_vocab") * 4)
+    wide = [leaf for leaf in jax.tree.leaves(trainable["layers"]) if jnp.dtype(leaf.dtype).itemsize > itemsize]
+    return Memory(
+        weights=device_bytes(jax.tree.leaves(frozen)) + (whole if run.adapt is None else 0),
+        adapters=0 if run.adapt is None else whole,
+        moments=device_bytes(jax.tree.leaves(inputs.state.opt_state)),
+        gradients=sum(map(_local, jax.tree.leaves(trainable))) * 4 * (1 if run.train.microbatches == 1 else 2),
+        copies=sum(map(_local, wide)) * itemsize,
+        kept=round(_kept(run, config, tokens, residual, ways) * config.num_hidden_layers),
+        block=round((INNER * inner + HIDDEN * residual) * itemsize),
+        loss=round(3 * logits + 4 * tokens * config.hidden_size),
+    )
+
+
+def _kept(run: Run, config: ModelConfig, tokens: float, residual: float, ways: Any) -> float:
+    """Bytes that one block keeps: its input, and what the remat policy names."""
+    itemsize = jnp.dtype(run.train.dtype).itemsize
+    heads = config.num_attention_heads * config.head_dim / ways("act_heads")
+    kv = config.num_key_value_heads * config.head_dim / ways("act_kv_heads")
+    inner = config.intermediate_size / ways("act_mlp")
+    per_token = {
+        "block": 0.0,
+        "dots": heads + 2 * kv + 2 * inner + config.hidden_size,
+        "none": 2 * heads + 2 * kv + 2 * inner + residual / tokens,
+    }[run.train.remat]
+    return (residual + tokens * per_token) * itemsize
+
+
+def _local(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))

@@ -1,0 +1,93 @@
+"""The nearest change that makes a run fit: found by trying, first by estimate, then by the compiler.
+
+    remat block  ->  more microbatches  ->  both, under another strategy  ->  a 4-bit base, of an adapter  ->  a larger slice
+
+Changes come in the order of what they cost a user: time, then another layout, then another result, then money.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from llmtune import pretrained
+from llmtune.config import Run
+from llmtune.config.quantize import Quantize
+from llmtune.errors import LlmtuneConfigError
+from llmtune.planning.layout import Layout, lay_out, with_strategy, with_train
+from llmtune.planning.plan import Compile, Note, Plan, plan_layout
+from llmtune.planning.search import MICROBATCHES, ROOM, layouts_of
+from llmtune.planning.topology import Topology, devices, larger
+from llmtune.sharding import ShardingError
+from llmtune.shipped import configs_directory
+
+TRIES = 3  # programs compiled before it is left at an estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Mended:
+    """What to change, as a user would write it, and the plan of the run with the change in it."""
+
+    change: str
+    plan: Plan
+
+
+def mend(plan: Plan, compile_layout: Compile, note: Note) -> Mended | None:
+    """The nearest change that fits, compiled; None where none was found."""
+    tried = 0
+    for change, layout in changes(plan.layout):
+        if layout.memory.total * ROOM > layout.topology.chip.hbm_bytes:
+            continue
+        note(f"trying {change}")
+        found = plan_layout(layout, compile_layout, note)
+        tried += 1
+        if found.fits:
+            return Mended(change, found)
+        if tried == TRIES:
+            return None
+    return None
+
+
+def changes(layout: Layout) -> Iterator[tuple[str, Layout]]:
+    """(what is changed, the layout with it), the nearest first."""
+    run, source, topology = layout.run, layout.source, layout.topology
+    placed = devices(topology)
+    yield from _within(layout, "")
+    for path in sorted((configs_directory() / "strategies").glob("*.yaml")):
+        if path.stem == layout.strategy.name:
+            continue
+        own = _laid_out(with_strategy(run, path.stem), source, topology, placed)
+        if own is not None:
+            yield f"sharding.strategy {path.stem}", own
+            yield from _within(own, f"sharding.strategy {path.stem}, ")
+    if run.adapt is not None and run.quantize is None:
+        own = _laid_out(dataclasses.replace(run, quantize=Quantize(base="nf4")), source, topology, placed)
+        if own is not None:
+            yield "quantize.base nf4", own
+            yield from _within(own, "quantize.base nf4, ")
+    for bigger in larger(topology):
+        name = layout.strategy.name
+        for own in layouts_of(run, source, bigger, devices(bigger), name):
+            if own.run.train.remat == run.train.remat and own.run.train.microbatches == run.train.microbatches:
+                yield f"--topology {bigger.name}", own
+                break
+
+
+def _within(layout: Layout, before: str) -> Iterator[tuple[str, Layout]]:
+    """Less kept for the backward pass, and fewer rows at a time."""
+    train = layout.run.train
+    kept = [train.remat] if train.remat == "block" else [train.remat, "block"]
+    for remat in kept:
+        for pieces in MICROBATCHES:
+            own = with_train(layout.run, remat=remat, microbatches=pieces)
+            said = [f"train.remat {remat}"] * (remat != train.remat) + [f"train.microbatches {pieces}"] * (
+                pieces != train.microbatches
+            )
+            if said and pieces >= train.microbatches and layout.divides(pieces):
+                yield before + ", ".join(said), dataclasses.replace(layout, run=own)
+
+
+def _laid_out(run: Run, source: pretrained.Source, topology: Topology, placed: Sequence) -> Layout | None:
+    """None where the layout does not divide the model, or the batch."""
+    try:
+        return lay_out(run, source, topology, placed)
+    except (ShardingError, LlmtuneConfigError):
+        return None

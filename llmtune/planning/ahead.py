@@ -97,8 +97,7 @@ def assign_step(run: Run, source: pretrained.Source, topology: str, mesh: Mesh, 
 def dumping(directory: Path, mesh: Mesh) -> dict[str, Any]:
     """Compiler options for this mesh's platform, with its reports into a directory."""
     own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
-    only = {"xla_dump_hlo_module_re": ".*step.*", "xla_dump_hlo_as_text": True}
-    return {**own, **only, "xla_dump_to": str(directory)}
+    return {**own, "xla_dump_hlo_as_text": True, "xla_dump_to": str(directory)}
 
 
 def _wait_for_reports(directory: Path, child: subprocess.Popen) -> None:

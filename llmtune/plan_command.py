@@ -8,13 +8,9 @@ llmtune plan CONFIG.yaml --topology v5p-128 --search --write planned.yaml
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtune.errors import LlmtuneConfigError
-
-if TYPE_CHECKING:
-    from llmtune.planning.ahead import Compiled
-    from llmtune.planning.layout import Layout
 
 
 def add_plan(commands: Any) -> None:
@@ -52,6 +48,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from llmtune.config.file import load_run
+    from llmtune.planning.ahead import assign_step, compile_step
     from llmtune.planning.mend import mend
     from llmtune.planning.plan import plan_run
     from llmtune.planning.search import rank, search, write_layout
@@ -66,7 +63,7 @@ def _plan(options: argparse.Namespace) -> int:
     def note(line: str) -> None:
         progress.print(line, markup=False)
 
-    compile_layout = _assign if options.quick else _compile
+    compile_layout = assign_step if options.quick else compile_step
     plans = (search if options.search else plan_run)(run, topology, strategies, compile_layout, note)
     print_plans(plans, console)
     fitting = [plan for plan in plans if plan.fits]
@@ -83,15 +80,3 @@ def _plan(options: argparse.Namespace) -> int:
         write_layout(min(fitting, key=lambda plan: rank(plan.times)), Path(options.write))
         console.print(f"written: {options.write}", markup=False)
     return 0
-
-
-def _compile(layout: "Layout") -> "Compiled":
-    from llmtune.planning.ahead import compile_step
-
-    return compile_step(layout.run, layout.source, layout.mesh, layout.strategy)
-
-
-def _assign(layout: "Layout") -> "Compiled":
-    from llmtune.planning.ahead import assign_step
-
-    return assign_step(layout.run, layout.source, layout.topology.name, layout.mesh, layout.strategy)

@@ -22,14 +22,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llmtune import pretrained
-from llmtune.config import Run
 from llmtune.config.file import dump_run
 from llmtune.errors import LlmtuneError
-from llmtune.planning.abstract import abstract_program, device_bytes
+from llmtune.planning.abstract import device_bytes
 from llmtune.planning.collectives import Collective, collectives
 from llmtune.planning.hlo import kernels, read
-from llmtune.sharding import Strategy
+from llmtune.planning.layout import Layout
 
 # Collectives are not cut into pieces that run beside pieces of a product: such programs take minutes to compile at 256 devices.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
@@ -55,43 +53,42 @@ class Compiled:
     seconds: float
 
 
-def compile_step(run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy) -> Compiled:
-    """Compile the run's train step for the mesh's devices. Raises what `abstract_program` raises, before it compiles."""
-    start, alive = time.perf_counter(), None
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory(prefix="llmtune-plan-") as name:
+def compile_step(layout: Layout) -> Compiled:
+    """Compile the step of a layout for the devices of its mesh."""
+    start, alive, inputs = time.perf_counter(), None, layout.inputs
+    with jax.set_mesh(layout.mesh), tempfile.TemporaryDirectory(prefix="llmtune-plan-") as name:
         directory = Path(name)
-        program, inputs = abstract_program(run, source, mesh, strategy)
-        lowered = program.lower(inputs.state, inputs.batch)
+        lowered = layout.program.lower(inputs.state, inputs.batch)
         try:
-            compiled = lowered.compile(compiler_options=dumping(directory, mesh))
+            compiled = lowered.compile(compiler_options=dumping(directory, layout.mesh))
             memory: Any = compiled.memory_analysis()
             alive = memory.peak_memory_in_bytes
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or not list(directory.glob(REPORT)):
                 raise
-        arguments = device_bytes(jax.tree.leaves((inputs.state, program.frozen, inputs.batch)))
-        return _read(directory, mesh, arguments, alive, time.perf_counter() - start)
+        return _read(directory, layout, alive, time.perf_counter() - start)
 
 
-def assign_step(run: Run, source: pretrained.Source, topology: str, mesh: Mesh, strategy: Strategy) -> Compiled:
-    """The same without machine code, by a process of its own that is ended when the compiler's reports are there.
-
-    `run.sharding` must name the mesh and the strategy that are given.
-    """
+def assign_step(layout: Layout) -> Compiled:
+    """The same without machine code, by a process of its own that is ended when the compiler's reports are there."""
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        program, inputs = abstract_program(run, source, mesh, strategy)
-    arguments = device_bytes(jax.tree.leaves((inputs.state, program.frozen, inputs.batch)))
     with tempfile.TemporaryDirectory(prefix="llmtune-plan-") as name:
         directory = Path(name)
-        (directory / "run.yaml").write_text(dump_run(run), encoding="utf-8")
-        command = [sys.executable, "-m", "llmtune.planning.child", str(directory / "run.yaml"), topology, name]
+        (directory / "run.yaml").write_text(dump_run(layout.run), encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "llmtune.planning.child",
+            str(directory / "run.yaml"),
+            layout.topology.name,
+            name,
+        ]
         with (directory / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
             try:
                 _wait_for_reports(directory, child)
             finally:
                 child.kill()
-        return _read(directory, mesh, arguments, None, time.perf_counter() - start)
+        return _read(directory, layout, None, time.perf_counter() - start)
 
 
 def dumping(directory: Path, mesh: Mesh) -> dict[str, Any]:
@@ -116,13 +113,13 @@ def _wait_for_reports(directory: Path, child: subprocess.Popen) -> None:
         time.sleep(0.5)
 
 
-def _read(directory: Path, mesh: Mesh, arguments: int, alive: int | None, seconds: float) -> Compiled:
+def _read(directory: Path, layout: Layout, alive: int | None, seconds: float) -> Compiled:
     """What the reports say. A program of several modules has one step, the largest."""
     text = max((path.read_text(encoding="utf-8") for path in directory.glob(PROGRAM)), key=len)
     found = [NEEDED.search(path.read_text(encoding="utf-8")) for path in directory.glob(REPORT)]
-    module = read(text)
+    module, inputs, mesh = read(text), layout.inputs, layout.mesh
     return Compiled(
-        arguments=arguments,
+        arguments=device_bytes(jax.tree.leaves((inputs.state, inputs.weights.frozen, inputs.batch))),
         needed=max(int(match[1]) for match in found if match),
         alive=alive,
         collectives=tuple(collectives(module, mesh.axis_names, tuple(mesh.shape.values()))),

@@ -12,20 +12,18 @@ def main() -> None:
 
     from llmtune import pretrained
     from llmtune.config.file import load_run
-    from llmtune.planning.abstract import abstract_program
     from llmtune.planning.ahead import dumping
+    from llmtune.planning.layout import lay_out
     from llmtune.planning.topology import devices, parse_topology
     from llmtune.training.vocabulary import settle_vocabulary
-    from llmtune.training.weights import choose_layout, declare_base
 
-    config, topology, directory = sys.argv[1:]
-    run = load_run(config)
+    config, name, directory = sys.argv[1:]
+    run, topology = load_run(config), parse_topology(name)
     source, _ = settle_vocabulary(run, pretrained.open_source(run.model))
-    placed = devices(parse_topology(topology))
-    mesh, strategy = choose_layout(run.sharding, declare_base(run, source.config)[1], placed)
-    with jax.set_mesh(mesh):
-        program, inputs = abstract_program(run, source, mesh, strategy)
-        program.lower(inputs.state, inputs.batch).compile(compiler_options=dumping(Path(directory), mesh))
+    layout = lay_out(run, source, topology, devices(topology))
+    with jax.set_mesh(layout.mesh):
+        lowered = layout.program.lower(layout.inputs.state, layout.inputs.batch)
+        lowered.compile(compiler_options=dumping(Path(directory), layout.mesh))
 
 
 if __name__ == "__main__":

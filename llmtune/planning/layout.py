@@ -25,6 +25,7 @@ from llmtune.planning.roofline import Roofline, roofline
 from llmtune.planning.topology import Topology
 from llmtune.planning.traffic import estimate_traffic
 from llmtune.sharding import Strategy
+from llmtune.training.program import Program
 from llmtune.training.weights import choose_layout, declare_base
 
 
@@ -38,6 +39,12 @@ class Layout:
     mesh: Mesh
     strategy: Strategy
     inputs: Inputs
+
+    @property
+    def program(self) -> Program:
+        """What `llmtune train` would run; made anew, since most layouts of a search are never compiled."""
+        with jax.set_mesh(self.mesh):
+            return abstract_program(self.run, self.source, self.mesh, self.strategy)[0]
 
     @property
     def sizes(self) -> dict[str, int]:

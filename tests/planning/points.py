@@ -74,8 +74,7 @@ def layout_of(name: str) -> Layout:
 
 def ask(name: str) -> int:
     """Bytes per device that libtpu needs for a point."""
-    own = layout_of(name)
-    return assign_step(own.run, own.source, own.topology.name, own.mesh, own.strategy).needed
+    return assign_step(layout_of(name)).needed
 
 
 def main(names: list[str]) -> None:

@@ -1,10 +1,12 @@
 """`llmtune plan` on small models: what it prints, what it refuses before it compiles, what it never opens."""
 
+from pathlib import Path
+
 import pytest
 
 from llmtune.cli import main
 from llmtune.config.file import build_run
-from llmtune.errors import LlmtuneConfigError
+from llmtune.planning.ahead import assign_step, compile_step
 from llmtune.planning.plan import plan_run
 from llmtune.planning.topology import parse_topology
 from llmtune.sharding import ShardingError
@@ -23,17 +25,40 @@ def small_run(starter, **sections):
     return build_run({**tree, **sections}, "test")
 
 
-def test_a_small_run_is_compiled_and_priced(starter):
+@pytest.fixture(scope="module")
+def planned(request):
     said = []
-    plan = plan_run(small_run(starter), parse_topology("v5e:2x2"), [], said.append)[0]
-    assert plan.fits and plan.strategy == "fsdp" and plan.devices == 4
+    run = small_run(Path(__file__).parents[2] / "llmtune" / "starter")
+    return plan_run(run, parse_topology("v5e:2x2"), [], compile_step, said.append)[0], said
+
+
+def test_a_small_run_is_compiled_and_priced(planned):
+    plan, said = planned
+    assert plan.fits and plan.layout.strategy.name == "fsdp" and plan.layout.sizes["fsdp"] == 4
     assert any("compiling fsdp (fsdp 4) for v5e:2x2" in line for line in said)
-    assert 0 < plan.state.moments - 2 * plan.state.weights < 64  # two moments of each weight, and counters
-    assert plan.compiled.arguments > plan.state.total and plan.compiled.peak >= plan.compiled.arguments
-    assert {c.kind for c in plan.compiled.collectives} >= {"all-gather"}
-    assert all(c.axes == "fsdp" and c.ways == 4 for c in plan.compiled.collectives)
-    assert 0 < plan.costs.model_flops < plan.costs.computed_flops
-    assert plan.roofline.dcn == 0 < plan.roofline.overlapped <= plan.roofline.apart and 0 < plan.roofline.mfu < 1
+    memory = plan.memory
+    assert 0 < memory["optimizer state"] - 2 * memory["weights"] < 64  # two moments of each weight, and counters
+    assert sum(memory.values()) == plan.needed >= plan.compiled.alive * 0.5
+    assert all(own.axes == "fsdp" and own.ways == 4 for own in plan.exchanged) and plan.exchanged
+    costs, times = plan.layout.costs, plan.times
+    assert 0 < costs.model_flops < costs.computed_flops
+    assert times.dcn == 0 < times.overlapped <= times.apart and 0 < times.mfu < 1
+
+
+def test_without_machine_code_the_figures_are_the_same(planned):
+    plan, _ = planned
+    quick = assign_step(plan.layout)
+    assert (quick.needed, quick.arguments) == (plan.compiled.needed, plan.compiled.arguments)
+    assert quick.collectives == plan.compiled.collectives and quick.alive is None
+
+
+def test_model_flops_are_those_of_the_training_metrics(planned):
+    plan, _ = planned
+    layout, rows, length = planned[0].layout, 8, 128
+    work = layout.program.work
+    pairs = rows * length * (length + 1) / 2 * layout.source.config.num_hidden_layers
+    expected = work.per_token * rows * length + work.per_pair * pairs
+    assert plan.layout.costs.model_flops == pytest.approx(expected, rel=1e-6)
 
 
 def write(tmp_path, starter, more=""):
@@ -59,13 +84,18 @@ def write(tmp_path, starter, more=""):
     ],
 )
 def test_mistakes_are_one_line_before_anything_compiles(tmp_path, starter, capsys, monkeypatch, arguments, more, said):
-    monkeypatch.setattr("llmtune.planning.plan.compile_step", lambda *_: pytest.fail("it compiles"))
+    monkeypatch.setattr("llmtune.planning.ahead.compile_step", lambda *_: pytest.fail("it compiles"))
     assert main(["plan", write(tmp_path, starter, more), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
-def test_all_strategies_are_laid_out_before_the_first_compiles(starter, monkeypatch):
-    monkeypatch.setattr("llmtune.planning.plan.compile_step", lambda *_: pytest.fail("it compiles"))
-    with pytest.raises((ShardingError, LlmtuneConfigError)):
-        plan_run(small_run(starter), parse_topology("v5e:2x2"), ["fsdp", "nothing"], lambda line: None)
+def test_all_strategies_are_laid_out_before_the_first_compiles(starter):
+    with pytest.raises(ShardingError, match="no strategy 'nothing'"):
+        plan_run(
+            small_run(starter),
+            parse_topology("v5e:2x2"),
+            ["fsdp", "nothing"],
+            lambda _: pytest.fail("it compiles"),
+            lambda line: None,
+        )

@@ -227,7 +227,8 @@ def _layout(strategy: str | None, declared: Any) -> tuple[Mesh, Strategy]:
     if strategy is None:
         return make_mesh({}, jax.devices()[:1]), REPLICATED
     table = load_strategy(strategy, configs_directory() / "strategies")
-    return default_mesh(table, lambda mesh: divides(declared, mesh, table)), table
+    mesh = default_mesh(table, lambda mesh: divides(declared, mesh, table))
+    return mesh, table.on(mesh).whole_rows()
 
 
 def divides(declared: Any, mesh: Mesh, strategy: Strategy) -> bool:

@@ -36,7 +36,7 @@ from llmtune.errors import LlmtuneConfigError
 class Sharding:
     """How weights and rows are spread over devices."""
 
-    strategy: str = key("a table of configs/strategies (fsdp, tensor, expert), or the path of one", "fsdp")
+    strategy: str = key("a table of configs/strategies (docs/sharding.md lists them), or the path of one", "fsdp")
     mesh: dict[str, int] = key("size of each mesh axis; -1: what the others leave over; empty: chosen to fit", {})
 
 

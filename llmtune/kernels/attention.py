@@ -10,17 +10,18 @@ The first line that can serve does; each back end says itself what it can serve 
 another mask. All of them skip what causality and the window hide, rather than mask it; none holds a row's [seq, seq].
 
 Under a mesh the kernel runs inside `shard_map` with the layouts that its operands are typed with, so its body sees plain
-arrays: batch and heads may be spread over devices, the sequence may not.
+arrays: batch and heads may be spread over devices, and the sequence too (`context_attention.py`).
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
 from llmtune.kernels import cudnn, splash
 from llmtune.kernels.blocked_attention import blocked_attention
+from llmtune.kernels.context_attention import with_keys_on_the_left
 from llmtune.kernels.masks import Mask
 from llmtune.kernels.platform import platform
 from llmtune.kernels.strip_attention import strip_attention
@@ -52,8 +53,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Mask, segments:
     q [batch, seq, heads, size]; k and v [batch, seq, kv_heads, size], heads a multiple of kv_heads; segment ids int32
     [batch, seq]. Scores and softmax in float32, the result in q's dtype. A token of segment 0 gets zeros.
     """
-    if any(layout(array)[1] is not None for array in (q, k, v, segments)):
-        raise ValueError("attention: the sequence is sharded; this kernel needs whole rows on every device")
+    axis = layout(q)[1]
+    if axis is not None:
+        choice = back_end(platform(), replace(mask, packed=True, before=1), q)
+        kernel = functools.partial(with_keys_on_the_left, choice.attend, axis, mask, scale=scale)
+        return on_each_device(kernel, q, k, v, segments)
     attend = back_end(platform(), mask, q).attend
     return on_each_device(functools.partial(attend, mask=mask, scale=scale), q, k, v, segments)
 

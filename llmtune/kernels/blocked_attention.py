@@ -6,6 +6,7 @@ not depend on the length. This is the reference of the platform kernels, and wha
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -29,13 +30,15 @@ def blocked_attention(
     scale: float,
     block: int = 256,
 ) -> jax.Array:
-    """Q [batch, seq, heads, size], k and v [batch, seq, kv_heads, size] -> like q. Softmax in float32."""
+    """Q [batch, seq, heads, size], k and v [batch, before + seq, kv_heads, size] -> like q. Softmax in float32."""
     batch, seq, heads, size = q.shape
     kv_heads = k.shape[2]
-    padded = -(-seq // block) * block
+    padded, extra = -(-seq // block) * block, -mask.before % block
+    mask = replace(mask, before=mask.before + extra)  # the first query begins a block of keys
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, padded - seq), *((0, 0),) * (x.ndim - 2)))
+        front = 0 if x is q else extra
+        return jnp.pad(x, ((0, 0), (front, padded - seq), *((0, 0),) * (x.ndim - 2)))
 
     q_blocks = pad(q).reshape(batch, -1, block, kv_heads, heads // kv_heads, size).transpose(1, 0, 3, 4, 2, 5)
     k_blocks, v_blocks = (pad(x).reshape(batch, -1, block, kv_heads, size).transpose(1, 0, 3, 2, 4) for x in (k, v))
@@ -67,7 +70,7 @@ def _forward(q, k, v, segments, mask, scale):
         total = total.at[i].set(total[i] * shrink + weights.sum(-1))
         return (out, peak.at[i].set(new_peak), total), None
 
-    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, blocks * block, block)), q)
+    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, len(k) * block, block)), q)
     (out, peak, total), _ = jax.lax.scan(step, (out, peak, total), tuple(pairs.T))
     empty = total == 0.0
     out = checkpoint_name((out / jnp.where(empty, 1.0, total)[..., None]).astype(q.dtype), "attention")
@@ -95,7 +98,7 @@ def _backward(mask, scale, saved, gradient):
         dv = dv.at[j].add(_dot("bkgst,bkgsd->bktd", weights.astype(v.dtype), gradient[i]))
         return (dq, dk, dv), None
 
-    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, blocks * block, block)), q)
+    documents, pairs = tied((segments, visible_blocks(mask, blocks * block, len(k) * block, block)), q)
     (dq, dk, dv), _ = jax.lax.scan(step, zeros, tuple(pairs.T))
     none = np.zeros(segments.shape, jax.dtypes.float0)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none
@@ -109,7 +112,8 @@ def _scores(q, k, segments, i, j, mask, scale):
     block = q.shape[-2]
     scores = _dot("bkgsd,bktd->bkgst", q[i], k[j]) * scale
     index = jnp.arange(block)
-    seen = visible(mask, i * block + index, j * block + index, segments[i], segments[j])[:, None, None]
+    at = i + mask.before // block  # the queries' block among those of keys
+    seen = visible(mask, at * block + index, j * block + index, segments[at], segments[j])[:, None, None]
     return jnp.where(seen, scores, HIDDEN), seen
 
 

@@ -24,7 +24,7 @@ def serves(mask: Mask, q: jax.Array) -> bool:
     size = q.shape[3]
     sixteen = q.dtype in (jnp.bfloat16, jnp.float16)
     windowed = mask.causal or mask.window is None
-    return not mask.packed and windowed and sixteen and size % 8 == 0 and size <= WIDEST_HEAD
+    return not mask.packed and not mask.before and windowed and sixteen and size % 8 == 0 and size <= WIDEST_HEAD
 
 
 def cudnn_attention(

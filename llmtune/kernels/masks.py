@@ -16,12 +16,14 @@ class Mask:
     """causal: token i sees j <= i; window w: only j > i - w (Mistral's sliding_window).
 
     packed: a row may hold several documents, or padding anywhere. False is the caller's promise that each row is one
-    document from its first token on, padding after it: kernels that take a length per row may then serve.
+    document from its first token on, padding after it: kernels that take a length per row may then serve. before: so many
+    keys stand before the first query, and rows of keys and of segment ids are that much longer than rows of queries.
     """
 
     causal: bool = True
     window: int | None = None
     packed: bool = True
+    before: int = 0
 
 
 def visible(
@@ -47,12 +49,15 @@ def tied(masking: Any, to: jax.Array) -> Any:
 
 
 def visible_blocks(mask: Mask, q_length: int, kv_length: int, block: int) -> np.ndarray:
-    """int32 [pairs, 2]: the (query block, key block) pairs in which indices alone leave anything to see."""
+    """int32 [pairs, 2]: the (query block, key block) pairs in which indices alone leave anything to see.
+
+    `mask.before` is a multiple of the block.
+    """
     q_blocks, kv_blocks = -(-q_length // block), -(-kv_length // block)
     i, j = np.meshgrid(np.arange(q_blocks), np.arange(kv_blocks), indexing="ij")
-    seen = np.ones(i.shape, bool)
+    seen, at = np.ones(i.shape, bool), i + mask.before // block
     if mask.causal:
-        seen &= j <= i
+        seen &= j <= at
     if mask.window is not None:  # the nearest pair of indices is less than a window apart
-        seen &= (i * block) - (j * block + block - 1) < mask.window
+        seen &= (at * block) - (j * block + block - 1) < mask.window
     return np.stack([i[seen], j[seen]], axis=1).astype(np.int32)

@@ -37,21 +37,22 @@ def splash_attention(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """Q [batch, seq, heads, size], k and v [batch, seq, kv_heads, size] -> like q. Softmax in float32."""
+    """Q [batch, seq, heads, size], k and v [batch, before + seq, kv_heads, size] -> like q. Softmax in float32."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: importing Pallas takes a second
 
     seq, heads = q.shape[1], q.shape[2]
-    padded = -(-seq // LANES) * LANES
-    block = next(width for width in range(WIDEST, 0, -LANES) if padded % width == 0)
+    padded, front = -(-seq // LANES) * LANES, -mask.before % LANES
+    before = mask.before + front
+    block_q, block_kv = _widest_block(padded), _widest_block(before + padded)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([_mask(mask, padded)] * heads),
+        splash.MultiHeadMask([_mask(mask, padded, before)] * heads),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -59,20 +60,28 @@ def splash_attention(
         interpret=interpret,
     )
 
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, padded - seq), *((0, 0),) * (x.ndim - 2)))
+    def pad(x: jax.Array, front: int = front) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (front, padded - seq), *((0, 0),) * (x.ndim - 2)))
 
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    rows = (pad(x).swapaxes(1, 2) for x in (scaled, k, v))
-    out: Any = jax.vmap(kernel)(*rows, splash.SegmentIds(pad(segments), pad(segments)))
-    return jnp.where(segments[:, :, None, None] > 0, out.swapaxes(1, 2)[:, :seq], 0)
+    rows = (x.swapaxes(1, 2) for x in (pad(scaled, 0), pad(k), pad(v)))
+    own = segments[:, mask.before :]
+    out: Any = jax.vmap(kernel)(*rows, splash.SegmentIds(pad(own, 0), pad(segments)))
+    return jnp.where(own[:, :, None, None] > 0, out.swapaxes(1, 2)[:, :seq], 0)
 
 
-def _mask(mask: Mask, seq: int):
-    """The same specification in the kernel's words: how many tokens to the left and to the right are seen."""
+def _widest_block(length: int) -> int:
+    return next(width for width in range(WIDEST, 0, -LANES) if length % width == 0)
+
+
+def _mask(mask: Mask, seq: int, before: int):
+    """The same specification in the kernel's words: how many tokens to the left and to the right are seen.
+
+    Query i stands at the place before + i of the keys.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    left = None if mask.window is None else mask.window - 1
+    shape, left = (seq, before + seq), None if mask.window is None else mask.window - 1
     if left is None:
-        return splash.CausalMask((seq, seq)) if mask.causal else splash.FullMask((seq, seq))
-    return splash.LocalMask((seq, seq), window_size=(left, 0 if mask.causal else None), offset=0)
+        return splash.CausalMask(shape, offset=before) if mask.causal else splash.FullMask(shape)
+    return splash.LocalMask(shape, window_size=(left, 0 if mask.causal else None), offset=before)

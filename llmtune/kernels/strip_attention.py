@@ -32,7 +32,7 @@ def strip_attention(
     mask: Mask,
     scale: float,
 ) -> jax.Array:
-    """Q [batch, seq, heads, size], k and v [batch, seq, kv_heads, size] -> like q. Softmax in float32."""
+    """Q [batch, seq, heads, size], k and v [batch, before + seq, kv_heads, size] -> like q. Softmax in float32."""
     batch, seq, heads, size = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
@@ -45,8 +45,8 @@ def strips(mask: Mask, seq: int) -> Iterator[tuple[slice, slice]]:
     width = max(NARROWEST, -(-seq // STRIPS))
     for start in range(0, seq, width):
         end = min(start + width, seq)
-        first = 0 if mask.window is None else max(0, start - mask.window + 1)
-        yield slice(start, end), slice(first, end if mask.causal else seq)
+        first = 0 if mask.window is None else max(0, mask.before + start - mask.window + 1)
+        yield slice(start, end), slice(first, mask.before + (end if mask.causal else seq))
 
 
 # q [batch, kv_heads, groups, seq, size], k and v [batch, kv_heads, seq, size]
@@ -94,9 +94,10 @@ _attend.defvjp(_forward, _backward)
 
 def _scores(q, k, segments, rows: slice, keys: slice, mask: Mask, scale: float) -> jax.Array:
     """float32 [batch, kv_heads, groups, rows, keys], HIDDEN where the mask hides."""
-    queries, index = q[:, :, :, rows], jnp.arange(q.shape[3])
+    queries, index = q[:, :, :, rows], jnp.arange(k.shape[2])
     scores = _dot("bkrd,bktd->bkrt", _flat(queries), k[:, :, keys]).reshape(*queries.shape[:4], -1) * scale
-    seen = visible(mask, index[rows], index[keys], segments[:, rows], segments[:, keys])
+    own = slice(mask.before + rows.start, mask.before + rows.stop)  # the queries' places among the keys
+    seen = visible(mask, index[own], index[keys], segments[:, own], segments[:, keys])
     return jnp.where(seen[:, None, None], scores, HIDDEN)
 
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
+from llmtune.models.residual import RESIDUAL
 from llmtune.models.rope import Rotations, rotate
 from llmtune.sharding import spec
 from llmtune.weights import normal, put
@@ -32,12 +33,15 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer, Any], tuple[jax.Array
 
 
 class Attention(nnx.Module):
-    """[batch, seq, hidden] -> the same. `prefix` is the slot of prefix tuning; `virtual` says where its tokens stand."""
+    """[batch, seq, hidden] -> the same, laid out as RESIDUAL.
+
+    `prefix` is the slot of prefix tuning; `virtual` says where its tokens stand.
+    """
 
     def __init__(self, config: ModelConfig):
         hidden, size, init = config.hidden_size, config.head_dim, normal(config.initializer_range)
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        q_axes, kv_axes, out_axes = (("batch", "seq", name) for name in ("act_heads", "act_kv_heads", "act_embed"))
+        q_axes, kv_axes, out_axes = (*(("batch", "seq", name) for name in ("act_heads", "act_kv_heads")), RESIDUAL)
         declare = functools.partial(Linear, init=init, bias=bias)
         self.q = declare(hidden, heads * size, ("embed", "heads"), out_axes=q_axes, heads=heads)
         self.k = declare(hidden, kv_heads * size, ("embed", "kv_heads"), out_axes=kv_axes, heads=kv_heads)

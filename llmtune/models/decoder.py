@@ -31,6 +31,7 @@ from llmtune.models.config import ModelConfig
 from llmtune.models.mlp import MLP, Sums
 from llmtune.models.moe import MoE
 from llmtune.models.norm import RMSNorm
+from llmtune.models.residual import beside_blocks, within_blocks
 from llmtune.models.rope import Rotations, rotations
 from llmtune.weights import (
     ArraySpec,
@@ -66,9 +67,9 @@ class Block(nnx.Module):
         counted: jax.Array | None = None,
         virtual: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Sums]:
-        mixed, cache = self.attention(self.attention_norm(x), rotations, attend, layer, cache, virtual)
+        mixed, cache = self.attention(within_blocks(self.attention_norm(x)), rotations, attend, layer, cache, virtual)
         x = checkpoint_name(x + mixed, "attended")
-        fed, sums = self.mlp(self.mlp_norm(x), counted)
+        fed, sums = self.mlp(within_blocks(self.mlp_norm(x)), counted)
         return x + fed, cache, sums
 
 
@@ -131,6 +132,7 @@ class Decoder(nnx.Module):
         prompt = self.prompt.get_value()
         if prompt is not None:
             x = prompt.put(x, virtual)
+        x = beside_blocks(x)
         turns = rotations(self.config.rope, self.config.head_dim, positions)
         total: Sums = {}
         first = 0
@@ -145,7 +147,7 @@ class Decoder(nnx.Module):
             x, cache, sums = _scan_layers(call, stacked, first, self.config.windows, x, cache, remat)
             total = _add(total, sums)
             first += _depth(stacked)
-        return self.norm(x), cache, total
+        return within_blocks(self.norm(x)), cache, total
 
     def virtual_tokens(self) -> int:
         """How many virtual tokens each document begins with: as many as fill the slots `prompt` or `attention/prefix`."""

@@ -8,17 +8,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
+from llmtune.models.residual import RESIDUAL, beside_blocks
 from llmtune.weights import normal
 
 Sums = dict[str, jax.Array]  # what a mixture of experts counts of its routing (see `llmtune.models.moe`); empty here
 
 
 class MLP(nnx.Module):
-    """[batch, seq, hidden] -> the same. `adapter` is the slot of a parallel adapter."""
+    """[batch, seq, hidden] -> the same, laid out as RESIDUAL. `adapter` is the slot of a parallel adapter."""
 
     def __init__(self, config: ModelConfig):
         hidden, inner, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
-        wide, narrow, bias = ("batch", "seq", "act_mlp"), ("batch", "seq", "act_embed"), config.mlp_bias
+        wide, narrow, bias = ("batch", "seq", "act_mlp"), RESIDUAL, config.mlp_bias
         self.gate = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide, bias=bias)
         self.up = Linear(hidden, inner, ("embed", "mlp"), init=init, out_axes=wide, bias=bias)
         self.down = Linear(inner, hidden, ("mlp", "embed"), init=init, out_axes=narrow, bias=bias)
@@ -28,4 +29,4 @@ class MLP(nnx.Module):
         del counted
         gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
         out, adapter = self.down(jax.nn.silu(gate) * up), self.adapter.get_value()
-        return out if adapter is None else out + adapter.change(x), {}
+        return out if adapter is None else out + beside_blocks(adapter.change(x)), {}

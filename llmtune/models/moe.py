@@ -21,6 +21,7 @@ from flax import nnx
 from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.linear import Linear
 from llmtune.models.mlp import Sums
+from llmtune.models.residual import beside_blocks
 from llmtune.sharding import parts, placed_by_compiler, spec
 from llmtune.weights import ArraySpec, Initializer, expert_linear, normal
 
@@ -70,7 +71,8 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         weights, chosen, logits, probabilities = self.route(x)
         out, adapter = self.through_experts(x, chosen, weights), self.adapter.get_value()
-        return out if adapter is None else out + adapter.change(x), routing_sums(logits, probabilities, chosen, counted)
+        out = out if adapter is None else out + adapter.change(x)
+        return beside_blocks(out), routing_sums(logits, probabilities, chosen, counted)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(weights, chosen) [batch, seq, k], and the (logits, probabilities) [batch, seq, experts] they come from."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from llmtune.objectives.record import Batch, Metrics, Model
+from llmtune.sharding import parts, placed_by_compiler
 
 IGNORED = -100  # the label of a token that is no target
 
@@ -56,4 +57,7 @@ def shifted_targets(labels: jax.Array, segment_ids: jax.Array) -> tuple[jax.Arra
 
 
 def _shift_left(rows: jax.Array, fill: int) -> jax.Array:
-    return jnp.concatenate([rows[:, 1:], jnp.full_like(rows[:, :1], fill)], axis=1)
+    def shift(rows: jax.Array) -> jax.Array:
+        return jnp.concatenate([rows[:, 1:], jnp.full_like(rows[:, :1], fill)], axis=1)
+
+    return shift(rows) if parts("seq") == 1 else placed_by_compiler(shift, "batch", "seq")(rows)

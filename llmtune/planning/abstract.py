@@ -24,6 +24,7 @@ from llmtune.sharding import Strategy
 from llmtune.training.adapting import choose_transform
 from llmtune.training.program import Program, assemble, batch_names, row_multiple
 from llmtune.training.state import TrainState
+from llmtune.training.state_layout import state_layouts
 from llmtune.training.weights import Weights, declare_base
 from llmtune.transforms import partition
 from llmtune.weights import ArraySpec, is_operator, shardings
@@ -74,7 +75,8 @@ def abstract_weights(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
         is_leaf=lambda leaf: isinstance(leaf, ArraySpec),
     )
     virtual = LanguageModel(graphdef, adapted).decoder().virtual_tokens()
-    return Weights(graphdef, *partition(arrays, transform.trains), adaptation.whole, virtual)
+    layouts = state_layouts(partition(adapted, transform.trains)[0], mesh, strategy)
+    return Weights(graphdef, *partition(arrays, transform.trains), adaptation.whole, virtual, layouts)
 
 
 def require_whole_rows(run: Run, mesh: Mesh, strategy: Strategy) -> None:

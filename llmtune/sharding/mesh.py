@@ -1,6 +1,6 @@
 """The device mesh. Its axes are typed explicit: a layout that does not fit is a Python error, on a laptop, at trace time.
 
-A single device is the (1, 1) mesh; there is no code path without a mesh.
+A single device is the mesh of sizes 1; there is no code path without a mesh.
 """
 
 import math
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from llmtune.sharding.strategy import ShardingError, Strategy
+from llmtune.sharding.strategy import MESH_AXES, ShardingError, Strategy
 
-MESH_AXES = ("fsdp", "tensor")
 Devices = Sequence[Any]  # of jax.Device, which is a class only at run time
 
 
@@ -38,17 +38,65 @@ def make_mesh(sizes: Mapping[str, int], devices: Devices | None = None) -> Mesh:
             "give one axis -1 to take what the others leave over"
         )
     explicit = (AxisType.Explicit,) * len(MESH_AXES)
+    sizes_of_slice, across = over_slices(shape, slices(devices))
+    if across is not None:
+        placed = mesh_utils.create_hybrid_device_mesh(sizes_of_slice, across, devices)
+        return Mesh(placed, MESH_AXES, axis_types=explicit)
     return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=explicit, devices=devices)
 
 
-def default_mesh(strategy: Strategy, fits: Callable[[Mesh], bool], devices: Devices | None = None) -> Mesh:
-    """The mesh for a strategy whose user named no sizes: as much of the tensor axis as the model divides into, rest fsdp.
+def over_slices(shape: Mapping[str, int], number: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """(sizes within a slice, sizes over slices): the outermost axes go over the slices; None where there is one slice.
 
-    `fits(mesh)` tells whether the model's weights divide over a mesh; strategies without a tensor axis take all as fsdp.
+    Raises ShardingError where no outermost axes hold whole slices.
+    """
+    if number == 1:
+        return tuple(shape.values()), None
+    left, across, within = number, [], []
+    for size in shape.values():
+        over = math.gcd(size, left)
+        across.append(over)
+        within.append(size // over)
+        left //= over
+    if left > 1:
+        raise ShardingError(
+            f"sharding.mesh: {number} slices do not divide into {dict(shape)}; give replica or data a multiple of {number}"
+        )
+    return tuple(within), tuple(across)
+
+
+def default_mesh(strategy: Strategy, fits: Callable[[Mesh], bool], devices: Devices | None = None) -> Mesh:
+    """The mesh for a strategy whose user named no sizes.
+
+    `replica` is the number of slices; of `tensor` or `expert` as much as the model divides into (`fits(mesh)` tells); the rest
+    goes to the axes that split weights, as evenly as it divides, or else to `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    count = len(devices)
-    uses_tensor = any("tensor" in part for part in strategy.axes.values())
-    tensor_sizes = [n for n in range(count, 0, -1) if count % n == 0] if uses_tensor else [1]
-    meshes = [make_mesh({"fsdp": count // n, "tensor": n}, devices) for n in tensor_sizes]
-    return next((mesh for mesh in meshes if fits(mesh)), meshes[0])
+    used = strategy.mesh_axes
+    replicas = slices(devices) if "replica" in used else 1
+    model = next((axis for axis in ("tensor", "expert") if axis in used), None)
+    shared = [axis for axis in strategy.axes.get("embed", ()) if axis != model] or [a for a in ("data",) if a in used]
+    each = len(devices) // replicas
+    sizes = [n for n in range(each, 0, -1) if each % n == 0] if model and shared else [each] if model else [1]
+    meshes = (
+        make_mesh({"replica": replicas, **_evenly(each // size, shared), **({model: size} if model else {})}, devices)
+        for size in sizes
+    )
+    first = next(meshes)
+    return first if fits(first) else next((mesh for mesh in meshes if fits(mesh)), first)
+
+
+def slices(devices: Devices) -> int:
+    """How many slices of a pod these devices are on: what the slow network joins. 1 where the platform has none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _evenly(count: int, axes: Sequence[str]) -> dict[str, int]:
+    """Sizes whose product is `count`, as near to each other as its divisors allow, the smaller ones first."""
+    if not axes:
+        return {}
+    if len(axes) == 1:
+        return {axes[0]: count}
+    root = count ** (1 / len(axes)) + 1e-9
+    size = max(n for n in range(1, int(root) + 1) if count % n == 0)
+    return {axes[0]: size, **_evenly(count // size, axes[1:])}

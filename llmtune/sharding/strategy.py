@@ -8,19 +8,28 @@ a step and *entered inside the traced function* (`with strategy.active(): ...`),
 table other than the one it was traced with. Logical axes that the table does not name are not sharded.
 
 Weights:      layers, expert, vocab, embed, heads, kv_heads, mlp, rank
-Activations:  batch, seq, act_embed, act_heads, act_kv_heads, act_mlp, act_vocab, act_rank
+Activations:  batch, seq, residual_seq, act_embed, act_heads, act_kv_heads, act_mlp, act_vocab, act_rank
+
+`residual_seq` is the sequence of what runs between blocks, beside attention and MLP; `seq` is that within them.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 MeshAxes = tuple[str, ...]
+MESH_AXES = ("replica", "data", "fsdp", "context", "expert", "tensor")  # the slowest links first
+
+
+LOGICAL_AXES = (
+    *("layers", "expert", "vocab", "embed", "heads", "kv_heads", "mlp", "rank"),
+    *("batch", "seq", "residual_seq", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_rank"),
+)
 
 
 class ShardingError(ValueError):
@@ -29,15 +38,58 @@ class ShardingError(ValueError):
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a step is compiled for this very table
 class Strategy:
-    """`axes`: logical axis -> mesh axes it is split over; `gather`: mesh axes over which weights are gathered before use."""
+    """`axes`: logical axis -> mesh axes it is split over.
+
+    `gather`: mesh axes over which weights are gathered before use, in this order, one at a time; `state`: what the optimizer's
+    state is split over besides (logical axis -> mesh axes); `about`: one line for people who choose among strategies.
+    """
 
     name: str
     axes: Mapping[str, MeshAxes] = field(default_factory=dict)
     gather: MeshAxes = ()
+    state: Mapping[str, MeshAxes] = field(default_factory=dict)
+    about: str = ""
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """The mesh axes that the table uses."""
+        used = {name for table in (self.axes, self.state) for part in table.values() for name in part}
+        return tuple(axis for axis in MESH_AXES if axis in used)
+
+    def on(self, mesh: Mesh) -> "Strategy":
+        """The table for this mesh: axes of one device split nothing, and are left out.
+
+        Raises ShardingError where the mesh has devices along an axis that the table does not use.
+        """
+        idle = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in self.mesh_axes]
+        if idle:
+            raise ShardingError(
+                f"sharding.mesh: {idle[0]} has {mesh.shape[idle[0]]} devices, and strategy {self.name} splits nothing over it; "
+                f"its axes are {', '.join(self.mesh_axes) or 'none'}"
+            )
+
+        def own(part: MeshAxes) -> MeshAxes:
+            return tuple(axis for axis in part if mesh.shape[axis] > 1)
+
+        axes, state = ({name: own(part) for name, part in table.items()} for table in (self.axes, self.state))
+        return replace(self, axes=axes, gather=own(self.gather), state=state)
+
+    def whole_rows(self) -> "Strategy":
+        """The table without the axes that cut rows along the sequence: for decoding, and for rows of any length."""
+        return replace(self, axes={name: own for name, own in self.axes.items() if name not in ("seq", "residual_seq")})
 
     def spec(self, *logical: str | None) -> PartitionSpec:
         """The partition spec of an array whose dimensions carry these logical axes (None: not sharded)."""
-        parts = [self.axes.get(axis, ()) if axis else () for axis in logical]
+        return self._spec(self.axes, logical)
+
+    def state_spec(self, *logical: str | None) -> PartitionSpec:
+        """That of the optimizer's state of a weight with these logical axes."""
+        return self._spec(
+            {**self.axes, **{name: (*self.axes.get(name, ()), *own) for name, own in self.state.items()}}, logical
+        )
+
+    def _spec(self, axes: Mapping[str, MeshAxes], logical: tuple[str | None, ...]) -> PartitionSpec:
+        parts = [axes.get(axis, ()) if axis else () for axis in logical]
         used = [mesh_axis for part in parts for mesh_axis in part]
         if len(set(used)) != len(used):
             raise ShardingError(
@@ -71,14 +123,25 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def strategy_from_table(name: str, table: Mapping[str, object]) -> Strategy:
-    """A strategy from the content of its YAML file: `axes` (logical axis -> mesh axis or list of them) and `gather`."""
-    unknown = set(table) - {"axes", "gather"}
+    """A strategy from the content of its YAML file: `about`, `axes`, `gather` and `state` (see `Strategy`)."""
+    unknown = set(table) - {"about", "axes", "gather", "state"}
     if unknown:
-        raise ShardingError(f"strategy {name}: unknown key {sorted(unknown)[0]!r}; a strategy has `axes` and `gather`")
-    axes = table.get("axes") or {}
-    if not isinstance(axes, Mapping):
-        raise ShardingError(f"strategy {name}: `axes` must map logical axes to mesh axes, got {axes!r}")
-    return Strategy(name, {str(k): _mesh_axes(name, v) for k, v in axes.items()}, _mesh_axes(name, table.get("gather")))
+        raise ShardingError(
+            f"strategy {name}: unknown key {sorted(unknown)[0]!r}; a strategy has `about`, `axes`, `gather` and `state`"
+        )
+    axes, state = (_table(name, key, table.get(key) or {}) for key in ("axes", "state"))
+    return Strategy(name, axes, _mesh_axes(name, table.get("gather")), state, str(table.get("about") or "").strip())
+
+
+def _table(name: str, key: str, table: object) -> dict[str, MeshAxes]:
+    if not isinstance(table, Mapping):
+        raise ShardingError(f"strategy {name}: `{key}` must map logical axes to mesh axes, got {table!r}")
+    unknown = sorted(str(axis) for axis in table if axis not in LOGICAL_AXES)
+    if unknown:
+        raise ShardingError(
+            f"strategy {name}: {key}: unknown logical axis {unknown[0]!r}; there are {', '.join(LOGICAL_AXES)}"
+        )
+    return {str(axis): _mesh_axes(name, part) for axis, part in table.items()}
 
 
 def load_strategy(name: str, directory: Path) -> Strategy:
@@ -95,7 +158,12 @@ def _mesh_axes(name: str, value: object) -> MeshAxes:
         case None:
             return ()
         case str():
-            return (value,)
+            given: MeshAxes = (value,)
         case list() if all(isinstance(v, str) for v in value):
-            return tuple(value)
-    raise ShardingError(f"strategy {name}: {value!r} is not a mesh axis or a list of mesh axes")
+            given = tuple(value)
+        case _:
+            raise ShardingError(f"strategy {name}: {value!r} is not a mesh axis or a list of mesh axes")
+    unknown = [axis for axis in given if axis not in MESH_AXES]
+    if unknown:
+        raise ShardingError(f"strategy {name}: unknown mesh axis {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
+    return given

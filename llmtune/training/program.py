@@ -29,6 +29,7 @@ from llmtune.sharding import Strategy, axis_size
 from llmtune.training.groups import rates_and_undecayed
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import TrainState, init_state
+from llmtune.training.state_layout import with_split_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 from llmtune.training.utilization import Work, model_work, with_pairs
 from llmtune.training.weights import Weights, prepare_weights
@@ -97,6 +98,7 @@ def assemble(
     """The program of these weights, and its optimizer. They may be abstract, for compiling ahead of time."""
     schedule = make_schedule(run.optimizer, steps)
     optimizer = make_optimizer(run.optimizer, schedule, *rates_and_undecayed(run, weights.trainable))
+    optimizer = with_split_state(optimizer, weights.state_layouts)
     bind = functools.partial(
         LanguageModel,
         weights.graphdef,
@@ -138,4 +140,11 @@ def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:
         raise LlmtuneConfigError(
             f"train.batch_size: {run.train.batch_size} rows cannot be shared by {jax.process_count()} processes"
         )
+    for axis in ("seq", "residual_seq"):
+        cut = axis_size(mesh, strategy.spec(axis)[0])
+        if run.data.sequence_length % cut:
+            raise LlmtuneConfigError(
+                f"data.sequence_length: {run.data.sequence_length} tokens cannot be cut {cut} ways, as strategy "
+                f"{strategy.name} does; give a multiple of {cut}"
+            )
     return max(1, ways // jax.process_count())

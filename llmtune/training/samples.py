@@ -28,7 +28,7 @@ def sample(
     """The completion of each prompt, given as ids; [] without prompts or without a tokenizer."""
     if not rows or tokenizer is None:
         return []
-    completions = Engine(config, bind, mesh, strategy).generate(
+    completions = Engine(config, bind, mesh, strategy.whole_rows()).generate(
         params, rows, max_new_tokens=max_new_tokens, sampling=Sampling(), eos_ids=end_ids
     )
     return [decode_completion(tokenizer, *pair) for pair in zip(rows, completions, strict=True)]

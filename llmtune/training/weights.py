@@ -10,6 +10,7 @@ from llmtune.config import Run, Sharding, require_room
 from llmtune.config.adapt import sections
 from llmtune.config.quantize import kept
 from llmtune.data import added_tokens
+from llmtune.errors import LlmtuneConfigError
 from llmtune.model import build_params, divides
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
@@ -18,6 +19,7 @@ from llmtune.sharding import Devices, Strategy, default_mesh, load_strategy, mak
 from llmtune.shipped import configs_directory
 from llmtune.training.adapting import choose_transform
 from llmtune.training.freezing import stacks
+from llmtune.training.state_layout import state_layouts
 from llmtune.transforms import Params, partition, quantize_each
 
 
@@ -25,7 +27,8 @@ from llmtune.transforms import Params, partition, quantize_each
 class Weights:
     """A model ready to train: its structure, what trains and what stays (each None where the other has an array).
 
-    `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with.
+    `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with;
+    `state_layouts`: where the optimizer's state is laid out otherwise than the weights (`training/state_layout.py`).
     """
 
     graphdef: Any
@@ -33,14 +36,17 @@ class Weights:
     frozen: Any
     whole: tuple[str, ...]
     virtual_tokens: int
+    state_layouts: Any = None
 
 
 def choose_layout(sharding: Sharding | None, declared: Any, devices: Devices | None = None) -> tuple[Mesh, Strategy]:
     """The mesh and the strategy table of a run; without a section, fsdp over all devices."""
     strategy = load_strategy("fsdp" if sharding is None else sharding.strategy, configs_directory() / "strategies")
     if sharding is not None and sharding.mesh:
-        return make_mesh(sharding.mesh, devices), strategy
-    return default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy), devices), strategy
+        mesh = make_mesh(sharding.mesh, devices)
+    else:
+        mesh = default_mesh(strategy, lambda mesh: divides(declared, mesh, strategy), devices)
+    return mesh, strategy.on(mesh)
 
 
 def declare_base(run: Run, config: ModelConfig) -> tuple[Any, Params]:
@@ -61,10 +67,16 @@ def prepare_weights(
     graphdef, declared = declare_base(run, source.config)
     adapt = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
     virtual = LanguageModel(graphdef, adapt.declared).decoder().virtual_tokens()
+    if strategy.spec("seq")[0] is not None and (virtual or source.config.experts is not None):
+        what = "virtual tokens (a prompt or a prefix)" if virtual else "a mixture of experts"
+        raise LlmtuneConfigError(
+            f"sharding.strategy: {strategy.name} cuts rows along the sequence, which {what} cannot do yet; take fsdp_torus"
+        )
     if virtual:
         require_room(virtual, run.data, "adapt")
     dtype = "float32" if run.adapt is None else None
     params = build_params(
         source, declared, adapt.transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
     )
-    return Weights(graphdef, *partition(params, adapt.transform.trains), adapt.whole, virtual)
+    layouts = state_layouts(partition(adapt.declared, adapt.transform.trains)[0], mesh, strategy)
+    return Weights(graphdef, *partition(params, adapt.transform.trains), adapt.whole, virtual, layouts)

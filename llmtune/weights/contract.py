@@ -1,4 +1,4 @@
-"""The products of rows with gathered matrices: what every door and every operator multiplies with.
+"""The products of rows with matrices: what every door and every operator multiplies with.
 
 contract          [batch, seq, i] x [i, o], or its transpose           rows that all see one matrix
 expert_contract   sorted rows x [experts, i, o]                        each group of rows sees its own
@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from llmtune.kernels import grouped_matmul
 from llmtune.sharding import current, spec
+from llmtune.weights.gather import gather_inside, names_of, without
 
 
 def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -21,22 +22,27 @@ def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str | None
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     out = spec(*out_axes)
-    rows_sharded_by_seq = current().spec("seq")[0] is not None
-    if x.ndim != 3 or rows_sharded_by_seq:
+    typed = jax.typeof(x).sharding.spec
+    if typed[1] != out[1]:  # each device's part of the sum over `i`, scattered along the sequence
+        part = PartitionSpec(out[0], typed[1], out[2], unreduced=frozenset(names_of(typed[2])))
+        return jax.sharding.reshard(
+            jnp.einsum(f"...i,{layout}->...o", x, w, precision=precision, out_sharding=part), out
+        )
+    if x.ndim != 3 or typed[1] is not None:
         return jnp.einsum(f"...i,{layout}->...o", x, w, precision=precision, out_sharding=out)
     batch, seq, width = x.shape
-    typed = jax.typeof(x).sharding.spec
     rows = jax.lax.reshape(x, (batch * seq, width), out_sharding=PartitionSpec(typed[0], typed[2]))
     flat = jnp.einsum(f"ri,{layout}->ro", rows, w, precision=precision, out_sharding=PartitionSpec(out[0], out[2]))
     return jax.lax.reshape(flat, (batch, seq, flat.shape[-1]), out_sharding=out)
 
 
 def expert_contract(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
-    """`expert_linear` with a gathered array, each device multiplying what it sorted for itself."""
+    """`expert_linear` with an array, each device gathering what the strategy says, and multiplying what it sorted for itself."""
     rows, matrices, sizes = (jax.typeof(array).sharding.spec for array in (x, w, group_sizes))
-    summed = matrices[1]
+    summed = without(matrices[1], current().gather)
 
     def own(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        w = gather_inside(w, tuple(matrices))
         out = grouped_matmul(x.reshape(x.shape[-2:]), w, sizes.reshape(sizes.shape[-1:]))
         out = out if summed is None else jax.lax.psum(out, summed)
         return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -13,7 +13,8 @@ import jax
 
 from llmtune.sharding import placed_by_compiler
 from llmtune.weights.contract import contract, expert_contract
-from llmtune.weights.gather import gather
+from llmtune.weights.gather import cast, gather, gather_to_multiply
+from llmtune.weights.lookup import take_rows
 from llmtune.weights.operator import Operator
 
 Weight = jax.Array | Operator
@@ -23,7 +24,7 @@ def linear(x: jax.Array, w: Weight, out_axes: tuple[str | None, ...]) -> jax.Arr
     """[batch, seq, in] x [in, out] -> [batch, seq, out] in x's dtype, laid out as `out_axes` say."""
     if isinstance(w, Operator):
         return w.apply(x, out_axes)
-    return contract(x, gather(w.astype(x.dtype)), "io", out_axes)
+    return contract(x, gather_to_multiply(w, x, x.dtype), "io", out_axes)
 
 
 def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
@@ -35,18 +36,20 @@ def unembed(x: jax.Array, w: Weight, out_axes: tuple[str | None, ...]) -> jax.Ar
     """[batch, seq, embed] x the transpose of an embedding table [vocab, embed] -> [batch, seq, vocab]."""
     if isinstance(w, Operator):
         return w.apply_transposed(x, out_axes)
-    return contract(x, gather(w.astype(x.dtype)), "oi", out_axes)
+    return contract(x, gather_to_multiply(w, x, x.dtype), "oi", out_axes)
 
 
 def embed_lookup(ids: jax.Array, w: Weight) -> jax.Array:
     """Rows of a table: int32 [batch, seq], [vocab, embed] -> [batch, seq, embed] in the table's dtype.
 
-    Ids and table may both be sharded, which explicit axes refuse in a gather; XLA places this one.
+    Where the table is spread over devices, rows travel and it stays (`weights/lookup.py`).
     """
     if isinstance(w, Operator):
         return w.lookup(ids)
+    if any(jax.typeof(w).sharding.spec.partitions):
+        return take_rows(ids, w)
     lookup = placed_by_compiler(lambda ids, w: w.at[ids].get(mode="clip"), "batch", "seq", "act_embed")
-    return lookup(ids, gather(w))
+    return lookup(ids, w)
 
 
 def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -58,4 +61,4 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     """
     if isinstance(w, Operator):
         return w.expert_apply(x, group_sizes, out_axes)
-    return expert_contract(x, gather(w.astype(x.dtype)), group_sizes, out_axes)
+    return expert_contract(x, cast(w, x.dtype), group_sizes, out_axes)

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llmtune.sharding import parts
 from llmtune.weights.doors import Weight, linear
+from llmtune.weights.tied import Tied
+from llmtune.weights.vocabulary_loss import vocabulary_loss
 
 
 def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -17,7 +20,14 @@ def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -
     hidden [batch, seq, embed], targets int32 [batch, seq]. Logits exist for about `chunk` tokens of each row at a time:
     [batch, seq, vocab] is never held. The gradient with respect to `hidden` is formed beside the logits, in the forward pass;
     logits are formed again in the backward pass only where the head itself trains.
+
+    Where several devices share one head that is an array, or a tied table, it is cut along the vocabulary instead, which moves
+    fewer bytes between them (`weights/vocabulary_loss.py`).
     """
+    if parts("batch") * parts("seq") > 1:
+        own = w.table if isinstance(w, Tied) else w
+        if isinstance(own, jax.Array):
+            return vocabulary_loss(hidden, own, targets, chunk=chunk, layout="oi" if isinstance(w, Tied) else "io")
     batch, seq, embed = hidden.shape
     pieces = max(1, math.ceil(seq / chunk))
     piece = functools.partial(_piece_of_head_loss, w)

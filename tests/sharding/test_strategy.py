@@ -8,6 +8,8 @@ from llmtune.config import Sharding
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.sharding import ShardingError, Strategy, default_mesh, load_strategy, make_mesh, sharding_for
+from llmtune.sharding.mesh import over_slices, slices
+from llmtune.sharding.strategy import strategy_from_table
 from llmtune.shipped import configs_directory
 from llmtune.training.weights import choose_layout
 from llmtune.weights import shardings
@@ -24,18 +26,24 @@ def test_one_mesh_axis_twice_in_a_tensor_is_refused():
         Strategy("s", {"embed": ("fsdp",), "mlp": ("fsdp",)}).spec("embed", "mlp")
 
 
-@pytest.mark.parametrize("name", ["expert", "fsdp", "tensor"])
-def test_shipped_strategies_load(name):
-    assert load_strategy(name, configs_directory() / "strategies").gather == ("fsdp",)
+SHIPPED = ["context", "ddp", "expert", "fsdp", "fsdp_tensor", "fsdp_torus", "hsdp", "sequence", "tensor", "zero1"]
+
+
+def test_shipped_strategies_load_and_say_what_they_do():
+    directory = configs_directory() / "strategies"
+    assert sorted(path.stem for path in directory.glob("*.yaml")) == SHIPPED
+    for name in SHIPPED:
+        strategy = load_strategy(name, directory)
+        assert "Collectives:" in strategy.about and set(strategy.gather) <= set(strategy.mesh_axes)
 
 
 def test_unknown_strategy_lists_the_known():
-    with pytest.raises(ShardingError, match="known: expert, fsdp, tensor"):
+    with pytest.raises(ShardingError, match="known: context, ddp, expert, fsdp, fsdp_tensor"):
         load_strategy("zero9", configs_directory() / "strategies")
 
 
 def test_mesh_sizes():
-    assert dict(make_mesh({"fsdp": -1, "tensor": 2}).shape) == {"fsdp": 4, "tensor": 2}
+    assert split(make_mesh({"fsdp": -1, "tensor": 2})) == {"fsdp": 4, "tensor": 2}
     for sizes, said in [
         ({"fsdp": 3}, "8 devices"),
         ({"fdsp": 8}, "unknown axis"),
@@ -45,6 +53,57 @@ def test_mesh_sizes():
             make_mesh(sizes)
 
 
+def split(mesh):
+    """The axes along which there is more than one device."""
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("ddp", {"data": 8}), ("zero1", {"data": 8}), ("fsdp", {"fsdp": 8}), ("fsdp_torus", {"data": 2, "fsdp": 4}),
+     ("hsdp", {"fsdp": 8}), ("tensor", {"data": 2, "tensor": 4}), ("fsdp_tensor", {"fsdp": 2, "tensor": 4}),
+     ("sequence", {"fsdp": 2, "tensor": 4}), ("context", {"fsdp": 2, "context": 4})],
+)  # fmt: skip
+def test_each_strategy_chooses_a_mesh_of_its_own_axes(name, sizes):
+    strategy = load_strategy(name, configs_directory() / "strategies")
+    mesh = default_mesh(strategy, lambda mesh: mesh.shape["tensor"] <= 4, jax.devices())
+    assert split(mesh) == sizes
+    assert set(strategy.on(mesh).mesh_axes) == set(sizes)
+
+
+def test_a_mesh_axis_that_the_table_does_not_use_is_refused():
+    tensor = load_strategy("tensor", configs_directory() / "strategies")
+    with pytest.raises(ShardingError, match="fsdp has 2 devices, and strategy tensor splits nothing over it"):
+        tensor.on(make_mesh({"fsdp": 2, "tensor": 4}))
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [({"axes": {"embd": "fsdp"}}, "unknown logical axis 'embd'"), ({"axes": {"embed": "fdsp"}}, "unknown mesh axis 'fdsp'"),
+     ({"gather": "x"}, "unknown mesh axis 'x'"), ({"axes": ["embed"]}, "must map logical axes"),
+     ({"axis": {}}, "unknown key 'axis'")],
+)  # fmt: skip
+def test_a_table_with_a_typing_error_is_refused(table, said):
+    with pytest.raises(ShardingError, match=said):
+        strategy_from_table("mine", table)
+
+
+class OnSlice:
+    """A device that says which slice it is on, as those of TPU pods do."""
+
+    def __init__(self, slice_index):
+        self.slice_index = slice_index
+
+
+def test_slices_are_what_the_outermost_axes_cross():
+    assert slices([OnSlice(n // 4) for n in range(8)]) == 2
+    shape = {"replica": 1, "data": 2, "fsdp": 4, "context": 1, "expert": 1, "tensor": 1}
+    assert over_slices(shape, 1) == ((1, 2, 4, 1, 1, 1), None)
+    assert over_slices(shape, 2) == ((1, 1, 4, 1, 1, 1), (1, 2, 1, 1, 1, 1))
+    with pytest.raises(ShardingError, match="3 slices do not divide"):
+        over_slices(shape, 3)
+
+
 def test_an_axis_that_does_not_divide_is_named_with_sizes_that_do():
     mesh = make_mesh({"fsdp": 8})
     with pytest.raises(ShardingError, match=r"layers/0/mlp: axis 'embed' of size 12.*1, 2, 3, 4, 6"):
@@ -52,9 +111,9 @@ def test_an_axis_that_does_not_divide_is_named_with_sizes_that_do():
 
 
 def test_default_mesh_takes_the_largest_tensor_axis_that_fits():
-    strategy = Strategy("tensor", {"mlp": ("tensor",), "batch": ("fsdp",)})
+    strategy = Strategy("tensor", {"mlp": ("tensor",), "batch": ("data",)})
     mesh = default_mesh(strategy, lambda mesh: 12 % mesh.shape["tensor"] == 0, jax.devices())
-    assert dict(mesh.shape) == {"fsdp": 2, "tensor": 4}
+    assert split(mesh) == {"data": 2, "tensor": 4}
 
 
 def test_heads_are_not_cut():

@@ -40,13 +40,18 @@ METHODS = {  # name -> (model, transform, the fields that train); every one begi
         {"a", "b", "gain", "weight"}),
 }  # fmt: skip
 BATCH, SEQ, STEPS = 8, 16, 2
+MESHES = {
+    "fsdp_torus": {"data": 2, "fsdp": 4},
+    "fsdp_tensor": {"fsdp": 4, "tensor": 2},
+    "expert": {"fsdp": 4, "expert": 2},
+}
 
 
 def setting(strategy):
     if strategy is None:
         return make_mesh({}, jax.devices()[:1]), REPLICATED
-    axes = {"fsdp": {"fsdp": 8}, "tensor": {"fsdp": 4, "tensor": 2}, "expert": {"fsdp": 4, "tensor": 2}}[strategy]
-    return make_mesh(axes), load_strategy(strategy, configs_directory() / "strategies")
+    mesh = make_mesh(MESHES[strategy])
+    return mesh, load_strategy(strategy, configs_directory() / "strategies").on(mesh)
 
 
 def rows_of_tokens():
@@ -132,8 +137,8 @@ def test_adapters_move_and_all_else_is_bit_equal(name):
             np.testing.assert_array_equal(new[path], value, err_msg=path_name(path))
 
 
-EIGHT = [("dora", "tensor"), ("experts", "expert")]
-GRID = [(name, strategy) for name in METHODS for strategy in ("fsdp", "tensor")]
+EIGHT = [("dora", "fsdp_tensor"), ("experts", "expert")]
+GRID = [(name, strategy) for name in METHODS for strategy in ("fsdp_torus", "fsdp_tensor")]
 
 
 @pytest.mark.parametrize(

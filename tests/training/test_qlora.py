@@ -82,7 +82,7 @@ def test_stopped_and_resumed_the_curve_is_bit_identical_and_the_base_is_not_stor
 
 
 @pytest.mark.parametrize("base", ["nf4", "int4", "int8", "fp8"])
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor"])
+@pytest.mark.parametrize("strategy", ["fsdp_torus", "fsdp_tensor"])
 @pytest.mark.nightly
 def test_eight_devices_train_like_one(stories, rows, tmp_path, strategy, base):
     def run(name, **sharding):
@@ -93,7 +93,7 @@ def test_eight_devices_train_like_one(stories, rows, tmp_path, strategy, base):
         )  # fmt: skip
 
     one = curve(run("one"))
-    mesh = {"mesh": {"fsdp": 2, "tensor": 4}} if strategy == "tensor" else {}
+    mesh = {"mesh": {"fsdp": 2, "tensor": 4}} if strategy == "fsdp_tensor" else {}
     np.testing.assert_allclose(curve(run("eight", **mesh), devices=8)[0], one[0], rtol=1e-5)
 
 

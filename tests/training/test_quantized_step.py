@@ -160,4 +160,4 @@ def test_adapters_on_quantised_experts_spread_over_devices():
             ids = jax.device_put(rows, NamedSharding(mesh, strategy.spec("batch", "seq")))
             return jax.device_get(jax.jit(forward)(draw(declared), draw(transform.init(declared)), ids))
 
-    np.testing.assert_allclose(logits(expert, {"fsdp": 2, "tensor": 4}, 8), logits(REPLICATED, {}, 1), atol=1e-5)
+    np.testing.assert_allclose(logits(expert, {"fsdp": 2, "expert": 4}, 8), logits(REPLICATED, {}, 1), atol=1e-5)

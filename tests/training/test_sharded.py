@@ -10,7 +10,7 @@ from tests.training.interruption import StoppingDisplay, train_until
 
 STRATEGIES = {
     "fsdp": {"strategy": "fsdp"},
-    "tensor": {"strategy": "tensor", "mesh": {"fsdp": 2, "tensor": 4}},
+    "fsdp_tensor": {"strategy": "fsdp_tensor", "mesh": {"fsdp": 2, "tensor": 4}},
 }
 
 
@@ -33,8 +33,8 @@ def train_section(**options):
     return {"steps": 20, "batch_size": 4, "dtype": "float32", **options}
 
 
-PAIRS = [("fsdp", "full"), ("tensor", "lora"), *(
-    pytest.param(*pair, marks=pytest.mark.nightly) for pair in (("fsdp", "lora"), ("tensor", "full"))
+PAIRS = [("fsdp", "full"), ("fsdp_tensor", "lora"), *(
+    pytest.param(*pair, marks=pytest.mark.nightly) for pair in (("fsdp", "lora"), ("fsdp_tensor", "full"))
 )]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_eight_devices_train_like_one(stories, data, single, tmp_path, strategy,
 
 
 def test_microbatches_on_eight_devices(stories, data, single, tmp_path):
-    run = run_config(tmp_path, stories, data, sharding=STRATEGIES["tensor"], train=train_section(microbatches=2))
+    run = run_config(tmp_path, stories, data, sharding=STRATEGIES["fsdp_tensor"], train=train_section(microbatches=2))
     np.testing.assert_allclose(curve(run, devices=8)[0], single["full"][0], rtol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_moves_between_meshes(stories, data, single, tmp_path):
         )
 
     train_until(run(STRATEGIES["fsdp"]), step=7, devices=8)
-    train_until(run(STRATEGIES["tensor"]), step=14, devices=8)
+    train_until(run(STRATEGIES["fsdp_tensor"]), step=14, devices=8)
     said = StoppingDisplay()
     llmtune.train(run(None), said, devices=jax.devices()[:1])
     assert "resuming after step 12" in said.text

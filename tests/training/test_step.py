@@ -14,8 +14,7 @@ from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
 from llmtune.optimizers import make_optimizer, make_schedule
-from llmtune.sharding import REPLICATED, load_strategy, make_mesh
-from llmtune.shipped import configs_directory
+from llmtune.sharding import REPLICATED, make_mesh
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
@@ -119,9 +118,3 @@ def test_sixteen_bit_compute_keeps_float32_masters_and_the_frozen_base_as_stored
     assert {leaf.dtype for leaf in jax.tree.leaves(after.trainable)} == {jnp.dtype("float32")}
     moments = [leaf.dtype for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim > 0]
     assert set(moments) == {jnp.dtype("float32")}
-
-
-def test_shipped_strategies_are_those_the_tests_cover():
-    names = {path.stem for path in (configs_directory() / "strategies").glob("*.yaml")}
-    assert names == {"expert", "fsdp", "tensor"}
-    assert all(load_strategy(name, configs_directory() / "strategies").gather for name in names)

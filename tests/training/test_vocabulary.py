@@ -37,10 +37,10 @@ def run(directory, model, rows, name="run", data=None, **sections):
     return run_config(directory, model, rows, name=name, **{**defaults, **sections})
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.nightly), "tensor"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.nightly), "fsdp_tensor"])
 def test_eight_devices_train_like_one_and_a_run_moves_between_them(stories, rows, tmp_path, strategy):
     whole = curve(run(tmp_path, stories, rows, "one"))
-    mesh = {"mesh": {"fsdp": 2, "tensor": 4}} if strategy == "tensor" else {}
+    mesh = {"mesh": {"fsdp": 2, "tensor": 4}} if strategy == "fsdp_tensor" else {}
     sharded = run(tmp_path, stories, rows, "eight", sharding={"strategy": strategy, **mesh})
     train_until(sharded, 3, devices=8)
     losses, norms = curve(run(tmp_path, stories, rows, "eight"))  # from the checkpoint of step 2, on one device
@@ -92,6 +92,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(stories, rows, tmp
 
 def test_a_size_that_does_not_divide_names_the_tensor(stories, rows, tmp_path):
     own = {"add_tokens": [WORD], "pad_vocabulary_to": 1}
-    tensor = {"strategy": "tensor", "mesh": {"fsdp": 2, "tensor": 4}}
+    tensor = {"strategy": "fsdp_tensor", "mesh": {"fsdp": 2, "tensor": 4}}
     with pytest.raises(ValueError, match="embed/table: axis 'vocab' of size 513 cannot be split 4 ways"):
         llmtune.train(run(tmp_path, stories, rows, data=own, sharding=tensor))

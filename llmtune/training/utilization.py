@@ -9,6 +9,7 @@ Padding, what is computed again to save memory, norms, softmax and the optimizer
 the program (the definition of PaLM, arXiv:2204.02311, appendix B, which counts all pairs of a row; here only those that count).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def _matmuls(config: ModelConfig, counts: dict[str, int]) -> float:
 def with_pairs(step: Callable, config: ModelConfig) -> Callable:
     """The train step, its metrics with the number of (query, key) pairs of the batch, summed over layers: float32 []."""
 
+    @functools.wraps(step)  # programs are named after it, in logs and profiles
     def counted(state: Any, frozen: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         state, metrics = step(state, frozen, batch)
         return state, {**metrics, PAIRS: attended_pairs(config, batch)}

@@ -105,7 +105,7 @@ def test_one_compile_per_run(stories, assets, tmp_path, caplog, adapt):
     compiled = [
         record.getMessage()
         for record in caplog.records
-        if "Finished XLA compilation of jit(step)" in record.getMessage()
+        if "Finished jaxpr to MLIR module conversion jit(step)" in record.getMessage()
     ]
     assert len(compiled) == 2, compiled
 

@@ -66,7 +66,9 @@ def test_one_compile_per_run(stories, rows, tmp_path, caplog):
     finally:
         jax.config.update("jax_log_compiles", False)
         jax.config.update("jax_enable_compilation_cache", True)
-    said = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(step)" in r.getMessage()]
+    said = [
+        r.getMessage() for r in caplog.records if "Finished jaxpr to MLIR module conversion jit(step)" in r.getMessage()
+    ]
     assert len(said) == 1, said
 
 

@@ -40,6 +40,11 @@ def add_plan(commands: Any) -> None:
     plan.add_argument(
         "--quick", action="store_true", help="stop each compilation before machine code: the same figures, much sooner"
     )
+    plan.add_argument("--json", default=None, metavar="FILE", help="all figures as data")
+    plan.add_argument(
+        "--html", default=None, metavar="FILE", help="the plans side by side on a page that needs no network"
+    )
+    plan.add_argument("--fresh", action="store_true", help="compile again what was compiled before")
     plan.set_defaults(run=_plan, takes_overrides=True)
 
 
@@ -49,8 +54,11 @@ def _plan(options: argparse.Namespace) -> int:
 
     from llmtune.config.file import load_run
     from llmtune.planning.ahead import assign_step, compile_step
+    from llmtune.planning.cache import cached
     from llmtune.planning.mend import mend
     from llmtune.planning.plan import plan_run
+    from llmtune.planning.record import write_json
+    from llmtune.planning.report import write_page
     from llmtune.planning.search import rank, search, write_layout
     from llmtune.planning.text import print_plans, verdict
     from llmtune.planning.topology import parse_topology
@@ -64,17 +72,23 @@ def _plan(options: argparse.Namespace) -> int:
         progress.print(line, markup=False)
 
     compile_layout = assign_step if options.quick else compile_step
+    compile_layout = compile_layout if options.fresh else cached(compile_layout)
     plans = (search if options.search else plan_run)(run, topology, strategies, compile_layout, note)
     print_plans(plans, console)
-    fitting = [plan for plan in plans if plan.fits]
-    if not fitting:
+    if not any(plan.fits for plan in plans):
         mended = mend(min(plans, key=lambda plan: plan.needed), compile_layout, note)
-        fitting = [] if mended is None else [mended.plan]
-        nothing = "no change that was tried makes it fit"
-        console.print(nothing if mended is None else f"the nearest change that fits: {mended.change}", markup=False)
-        if mended is not None:
-            console.print(verdict(mended.plan), markup=False)
+        if mended is None:
+            console.print("no change that was tried makes it fit")
+        else:
+            console.print(f"the nearest change that fits: {mended.change}\n{verdict(mended.plan)}", markup=False)
+            plans = [*plans, mended.plan]
+    if options.json is not None:
+        write_json(plans, Path(options.json))
+    if options.html is not None:
+        write_page(plans, Path(options.html))
+        console.print(f"page: {options.html}", markup=False)
     if options.write is not None:
+        fitting = [plan for plan in plans if plan.fits]
         if not fitting:
             raise LlmtuneConfigError(f"--write: nothing fits, and {options.write} is not written")
         write_layout(min(fitting, key=lambda plan: rank(plan.times)), Path(options.write))

@@ -89,7 +89,9 @@ def plan_run(
 
 
 def plan_layout(layout: Layout, compile_layout: Compile, note: Note) -> Plan:
-    """Compile one layout and read it."""
+    """Compile one layout and read it; of GPUs, for which there is no compiler here, all is estimated."""
+    if layout.topology.family is None:
+        return Plan(layout, None)
     name = f"{layout.strategy.name} ({describe_mesh(layout.sizes)})"
     note(f"compiling {name} for {layout.topology.name}; estimated {layout.memory.total / 1e9:.1f} GB per device")
     compiled = compile_layout(layout)

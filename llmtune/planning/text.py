@@ -29,7 +29,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
             table.add_row(f"  {name}", *cells)
     console.print(table)
     for plan in plans:
-        console.print(Text(verdict(plan), style="green" if plan.fits else "red"))
+        console.print(Text(verdict(plan), style="green" if plan.fits else "red"), soft_wrap=True)
 
 
 def heading(plan: Plan) -> str:
@@ -43,8 +43,8 @@ def sections(plans: Sequence[Plan]) -> list[tuple[str, Rows]]:
     """(section, its rows), for the terminal and for the page."""
     memory = [(name, [_gb(plan.memory[name]) for plan in plans]) for name in plans[0].memory]
     memory += [
-        ("needed", [_gb(plan.needed) for plan in plans]),
-        ("of the device's", [_gb(plan.limit) for plan in plans]),
+        ("needed in all", [_gb(plan.needed) for plan in plans]),
+        ("the device has", [_gb(plan.limit) for plan in plans]),
         ("estimated before compiling", [_gb(plan.layout.memory.total) for plan in plans]),
     ]
     if any(plan.compiled is not None and plan.compiled.alive is not None for plan in plans):

@@ -77,6 +77,16 @@ class Topology:
         return tuple(self.family is not None and size % self.family.wraps == 0 for size in self.shape)
 
 
+@dataclass(frozen=True)
+class GPU:
+    """What stands for a GPU in a mesh that is only looked at: layouts and estimates need no more."""
+
+    id: int
+    process_index: int
+    device_kind: str
+    platform: str = "gpu"
+
+
 def parse_topology(name: str) -> Topology:
     """The topology of a name. Raises LlmtuneConfigError naming what is known."""
     match = NAME.fullmatch(name.strip().lower())
@@ -125,13 +135,14 @@ def larger(topology: Topology) -> Iterator[Topology]:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Its devices as JAX describes them; none of them can run anything, but programs compile for them.
+    """Its devices as JAX describes them; none of them can run anything, but programs compile for TPUs among them.
 
     Raises LlmtuneConfigError where the compiler for them is not installed, or refuses the shape.
     """
     family = topology.family
     if family is None:
-        raise LlmtuneConfigError(f"--topology: {topology.name}: no compiler for GPUs is installed")
+        each = topology.shape[1]
+        return [GPU(number, number // each, topology.chip.kind) for number in range(math.prod(topology.shape))]
     if importlib.util.find_spec("libtpu") is None:
         raise LlmtuneConfigError(
             f"--topology: {topology.name} needs libtpu, whose compiler runs on any machine; pip install 'llmtune[plan]'"

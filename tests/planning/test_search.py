@@ -1,0 +1,129 @@
+"""Search, the nearest change that fits, the cache and the page."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from llmtune import pretrained
+from llmtune.cli import main
+from llmtune.config.file import build_run, load_run
+from llmtune.errors import LlmtuneConfigError
+from llmtune.planning.ahead import Compiled, assign_step
+from llmtune.planning.cache import cached, digest
+from llmtune.planning.collectives import Collective
+from llmtune.planning.layout import lay_out
+from llmtune.planning.mend import changes, mend
+from llmtune.planning.plan import Plan
+from llmtune.planning.record import record
+from llmtune.planning.report import page
+from llmtune.planning.search import meshes, search, write_layout
+from llmtune.planning.topology import devices, parse_topology
+
+pytest.importorskip("libtpu")
+
+
+def run_of(model, rows=8, length=128, **sections):
+    tree = {"model": str(model), "output": "nowhere", "objective": "pretrain"}
+    data = {"train": "nowhere.jsonl", "sequence_length": length}
+    return build_run({**tree, "data": data, "train": {"batch_size": rows}, **sections}, "test")
+
+
+def laid_out(model, topology, **own):
+    run, target = run_of(model, **own), parse_topology(topology)
+    return lay_out(run, pretrained.open_source(run.model), target, devices(target))
+
+
+def test_meshes_are_all_that_multiply_to_the_devices():
+    assert list(meshes(8, ("fsdp", "tensor"), 1)) == [
+        {"fsdp": 1, "tensor": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"fsdp": 8, "tensor": 1}
+    ]  # fmt: skip
+    assert list(meshes(8, ("replica", "fsdp"), 2)) == [{"replica": 2, "fsdp": 4}]
+    assert (
+        list(meshes(8, ("fsdp",), 2)) == []
+    )  # slices are joined by the slow network: weights are not gathered over it
+
+
+def test_search_ends_with_a_configuration_that_train_reads(starter, tmp_path):
+    said = []
+    best = search(run_of(starter), parse_topology("v5e:2x2"), ["fsdp"], assign_step, said.append, count=1)[0]
+    assert best.fits and "layouts of 1 strategies" in said[0]
+    write_layout(best, tmp_path / "planned.yaml")
+    run = load_run(tmp_path / "planned.yaml")
+    assert run == best.layout.run and run.sharding.mesh == {"fsdp": 4}
+
+
+def test_search_says_what_comes_nearest_where_nothing_fits(starter):
+    with pytest.raises(
+        LlmtuneConfigError, match=r"nothing fits v5e:2x2; fsdp .* comes nearest, \d+\.\d GB of 16\.9 GB"
+    ):
+        search(run_of("llama3.1-70b"), parse_topology("v5e:2x2"), ["fsdp"], assign_step, lambda line: None)
+
+
+def test_changes_come_in_the_order_of_what_they_cost():
+    layout = laid_out("llama3.2-3b", "v5e:2x2", rows=16, length=2048, train={"batch_size": 16, "remat": "none"})
+    names = [name for name, _ in changes(layout)]
+    assert names[0] == "train.microbatches 2"
+    assert names.index("train.remat block") < next(n for n, name in enumerate(names) if "strategy" in name)
+    assert names[-1].startswith("--topology v5e:")
+
+
+def test_the_nearest_change_that_fits_is_compiled():
+    adapt = {"method": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"}
+    layout = laid_out("llama3.2-1b", "v5e:2x2", length=2048, adapt=adapt, train={"batch_size": 256, "remat": "none"})
+    assert layout.memory.total > layout.topology.chip.hbm_bytes
+    mended = mend(Plan(layout, None), assign_step, lambda line: None)
+    assert mended is not None and mended.plan.fits and mended.plan.compiled.needed < layout.memory.total
+    assert mended.change.startswith("train.")
+
+
+def compiled():
+    return Compiled(7, 10, None, (Collective("all-gather", "fsdp", 4, 2, 80, 60),), ("splash",), 1.5)
+
+
+def test_a_layout_is_compiled_once(starter, tmp_path):
+    asked = []
+
+    def ask(layout):
+        asked.append(layout)
+        return compiled()
+
+    layout = laid_out(starter, "v5e:2x2")
+    once = cached(ask, tmp_path)
+    assert once(layout) == compiled() == once(layout) and len(asked) == 1
+    other = layout.again(microbatches=2)
+    assert digest(layout, "ask") != digest(other, "ask") != digest(other, "else")
+    moved = dataclasses.replace(layout, run=dataclasses.replace(layout.run, output="elsewhere"))
+    assert digest(moved, "ask") == digest(layout, "ask")
+    next(tmp_path.glob("*.json")).write_text('{"cut')
+    assert once(layout) == compiled() and len(asked) == 2
+
+
+def test_the_page_needs_no_network_and_the_record_adds_up(starter):
+    layout = laid_out(starter, "v5e:2x2")
+    plans = [
+        Plan(layout, None),
+        Plan(layout, dataclasses.replace(compiled(), needed=layout.topology.chip.hbm_bytes * 2)),
+    ]
+    html = page(plans)
+    assert not re.search(r'(src|href)="|url\(|@import|<script', html)
+    assert "does not fit" in html and "by estimate alone" in html and "prefers-color-scheme: dark" in html
+    own = record(plans[1])
+    parts = {name: size for name, size in own["memory"].items() if name not in ("needed", "limit", "estimated")}
+    assert sum(parts.values()) == own["memory"]["needed"] and not own["fits"]
+    assert json.loads(json.dumps(own))["collectives"][0]["axes"] == "fsdp"
+
+
+def test_gpus_are_estimated_and_that_is_said(starter, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {starter}\noutput: nowhere\nobjective: pretrain\ndata: {{train: x.jsonl, sequence_length: 128}}\n"
+        "train: {batch_size: 16}\n"
+    )
+    target = tmp_path / "plan.json"
+    assert main(["plan", str(path), "--topology", "h100:2x8", "--json", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "by estimate alone: no compiler for this chip is installed" in out
+    own = json.loads(target.read_text())[0]
+    assert own["compiled"] is None and own["devices"] == 16 and own["seconds"]["dcn"] > 0 == own["seconds"]["ici"]

@@ -6,7 +6,7 @@ CONSTRAINTS := $(wildcard constraints/python$(MINOR).txt)
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint nightly starter docs clean python
+.PHONY: quickstart test lint nightly reliability starter docs clean python
 
 quickstart: .venv/installed  ## fine-tune the embedded starter model and show what changed
 	.venv/bin/llmtune train configs/recipes/quickstart.yaml
@@ -19,6 +19,9 @@ test: .venv-test/installed  ## everything that must hold for a change to land
 
 nightly: .venv-test/installed  ## the full grids
 	.venv-test/bin/python -m pytest -q -m nightly
+
+reliability: .venv-test/installed  ## kills, damage, full disks, hangs at full size; writes the table of docs/reliability.md
+	.venv-test/bin/python -m tests.reliability $(SIZE)
 
 starter: .venv/installed  ## make the embedded starter model again, from its grammar
 	.venv/bin/python -m starter.make

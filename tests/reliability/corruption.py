@@ -1,0 +1,138 @@
+"""B: bytes of the newest step change on disk; what is restored afterwards is right, or nothing is."""
+
+import collections
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmtune.errors import LlmtuneError
+from llmtune.training.checkpoint.checkpoints import Checkpoints, flatten
+from llmtune.training.checkpoint.retention import Retention
+from llmtune.training.state import TrainState
+from tests.reliability.tiny import Row
+
+KINDS = (
+    "bit flip",
+    "zeroed block",
+    "truncated",
+    "emptied",
+    "deleted",
+    "appended",
+    "two files swapped",
+    "other step's file",
+)
+
+
+def state(step):
+    random = np.random.default_rng(step)
+    shapes = {"q": (2, 64, 64), "up": (2, 64, 128), "norm": (64,)}
+    weights = {name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    moments = {name: own.astype(jnp.bfloat16) for name, own in weights.items()}
+    return TrainState(jnp.int32(step), weights, (moments, jnp.int32(step)))
+
+
+def checkpoints(folder):
+    return Checkpoints(folder, Retention(5), {"data": "d", "base": "b"}, 1, lambda line: None)
+
+
+def damage(kind, step, other, random):
+    """One mutation of one file, or of two."""
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    file = files[random.integers(len(files))]
+    content = bytearray(file.read_bytes())
+    at = int(random.integers(max(len(content), 1)))
+    if kind == "bit flip" and content:
+        content[at] ^= 1 << int(random.integers(8))
+    elif kind == "zeroed block":
+        content[at : at + 4096] = bytes(len(content[at : at + 4096]))
+    elif kind == "truncated":
+        del content[at:]
+    elif kind == "emptied":
+        content.clear()
+    elif kind == "appended":
+        content += random.bytes(16)
+    elif kind == "deleted":
+        return file.unlink()
+    elif kind == "two files swapped":
+        second = files[random.integers(len(files))]
+        file.write_bytes(second.read_bytes())
+        return second.write_bytes(content)
+    elif kind == "other step's file":
+        theirs = sorted(path for path in other.rglob("*") if path.is_file())
+        content = theirs[random.integers(len(theirs))].read_bytes()
+    file.write_bytes(content)
+
+
+def corrupt(folder, mutations, mesh):
+    """B1."""
+    good = folder / "good"
+    with checkpoints(good) as own:
+        for step in (1, 2):
+            own.save(step, state(step))
+    random, found, by_kind = np.random.default_rng(mutations), collections.Counter(), collections.Counter()
+    for number in range(mutations):
+        kind, tried = KINDS[number % len(KINDS)], folder / "tried"
+        shutil.copytree(good, tried)
+        damage(kind, tried / "2", tried / "1", random)
+        outcome = restore(tried, mesh)
+        found[outcome] += 1
+        by_kind[kind] += outcome != "silent"
+        shutil.rmtree(tried)
+    ok = found["detected"] + found["harmless"] == mutations
+    figure = f"{found['detected']} detected, {found['harmless']} harmless, {found['silent']} silent, of {mutations}"
+    return Row("B1", "corruption: " + ", ".join(KINDS), figure, ok)
+
+
+def restore(folder, mesh):
+    try:
+        with checkpoints(folder) as own:
+            restored = own.restore(state(0), mesh)
+    except LlmtuneError:
+        return "silent"  # step 1 is good: to refuse it is an error too
+    expected = flatten(state(int(restored.step)))
+    same = all(np.array_equal(own, expected[name]) for name, own in flatten(restored).items())
+    return "silent" if not same else "detected" if int(restored.step) == 1 else "harmless"
+
+
+def all_bad(folder, mesh):
+    """B2: with every step damaged, a run is refused, each time."""
+    with checkpoints(folder / "bad") as own:
+        for step in (1, 2, 3):
+            own.save(step, state(step))
+    random, refused = np.random.default_rng(0), 0
+    for step in (1, 2, 3):
+        damage("deleted", folder / f"bad/{step}", folder / "bad/1", random)
+    for _ in range(3):
+        try:
+            checkpoints(folder / "bad").restore(state(0), mesh)
+        except LlmtuneError:
+            refused += 1
+    return Row("B2", "every step damaged", f"refused {refused} of 3 times; never begun anew", refused == 3)
+
+
+def across_meshes(folder, meshes):
+    """D1: what one mesh saved every other restores with the same digests; `restore` compares them."""
+    right, tried = 0, 0
+    for number, saved in enumerate(meshes):
+        with jax.set_mesh(saved), checkpoints(folder / f"mesh-{number}") as own:
+            own.save(1, spread(state(1), saved))
+        for other in meshes:
+            tried += 1
+            with jax.set_mesh(other), checkpoints(folder / f"mesh-{number}") as own:
+                restored = own.restore(spread(state(0), other), other)
+            expected = flatten(state(1))
+            right += all(np.array_equal(leaf, expected[name]) for name, leaf in flatten(restored).items())
+    return Row(
+        "D1",
+        f"{len(meshes)} meshes to one another",
+        f"{right} of {tried} restored bit by bit, digests equal",
+        right == tried,
+    )
+
+
+def spread(own, mesh):
+    spec = jax.sharding.PartitionSpec
+    layouts = {3: spec(None, "fsdp", "tensor"), 1: spec("fsdp"), 0: spec()}
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, layouts[leaf.ndim])), own)

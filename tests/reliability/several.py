@@ -1,0 +1,93 @@
+"""D: several processes of one run: one is killed, stopped, or asked to stop; another number of them goes on."""
+
+import signal
+import socket
+import time
+
+import numpy as np
+
+from llmtune import exit_codes
+from tests.reliability.kills import LEAVE
+from tests.reliability.tiny import Row, curve, newest, rows_of, state_hash
+
+
+def start(forge, config, *flags, processes=2):
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    if processes == 1:
+        return [forge.train(config, *flags, fault=LEAVE)]
+    return [
+        forge.train(config, *flags, "--processes", processes, "--process", index, "--coordinator", address, fault=LEAVE)
+        for index in range(processes)
+    ]
+
+
+def train(forge, config, *flags, processes=2):
+    trainers = start(forge, config, *flags, processes=processes)
+    return [trainer.wait() for trainer in trainers], "".join(trainer.said for trainer in trainers)
+
+
+def until_step(trainers, directory, step):
+    while len(rows_of(directory)) < step and all(trainer.poll() is None for trainer in trainers):
+        time.sleep(0.005)
+
+
+def lose_one(forge, ground, ways, steps=12):
+    """D2: (which process, which signal), one after the other in one run; the others end in time, with 75 and a line."""
+    codes, said = train(forge, ground.config("d2-whole", steps=steps))
+    assert codes == [0, 0], said
+    config, directory = ground.config("d2", steps=steps), ground.path / "d2"
+    noticed, slowest, told = 0, 0.0, 0
+    for number, (index, signum) in enumerate(ways):
+        trainers = start(forge, config, "--safeguards.heartbeat_seconds", "5")
+        until_step(trainers, directory, 1 + number * (steps - 2) // len(ways))
+        begun = time.monotonic()
+        trainers[index].kill(signum)
+        other = trainers[1 - index]
+        code = other.wait(60)
+        slowest = max(slowest, time.monotonic() - begun)
+        noticed += code == exit_codes.RETRY
+        told += f"process {index} of 2 is lost" in other.said
+        if signum == signal.SIGSTOP:
+            trainers[index].kill(signal.SIGKILL)
+        trainers[index].wait()
+    codes, said = train(forge, config)
+    same = (curve(directory), state_hash(directory)) == (
+        curve(ground.path / "d2-whole"),
+        state_hash(ground.path / "d2-whole"),
+    )
+    figure = (
+        f"{noticed} of {len(ways)} losses noticed with code 75, {told} with a line, slowest {slowest:.1f} s "
+        f"at a heartbeat of 5 s; curve and state {'the same' if same else 'OTHERS'}"
+    )
+    ok = noticed == told == len(ways) and slowest <= 15 and codes == [0, 0] and same
+    return Row("D2", "2 processes: worker or coordinator killed, or stopped", figure, ok)
+
+
+def ask_one(forge, ground, steps=12):
+    """A3, two processes: SIGTERM to one of them; both save the same step."""
+    config, directory = ground.config("a3-two", steps=steps, every=1000), ground.path / "a3-two"
+    trainers = start(forge, config)
+    until_step(trainers, directory, 3)
+    trainers[1].kill(signal.SIGTERM)
+    codes = [trainer.wait() for trainer in trainers]
+    saved, done = newest(directory), len(rows_of(directory))
+    again, _ = train(forge, config)
+    ok = codes == [143, 143] and saved == done > 0 and again == [0, 0] and len(curve(directory)) == steps
+    return Row("A3", "SIGTERM to one of 2 processes", f"codes {codes}, both saved step {saved} of {done} done", ok)
+
+
+def elastic(forge, ground, layout=(2, 1, 2), steps=18):
+    """D2: each third of the run by another number of processes."""
+    assert train(forge, ground.config("e-whole", steps=steps, every=1))[0] == [0, 0]
+    config, directory = ground.config("e", steps=steps, every=1), ground.path / "e"
+    for number, processes in enumerate(layout[:-1], 1):
+        trainers = start(forge, config, processes=processes)
+        until_step(trainers, directory, number * steps // len(layout))
+        trainers[0].kill(signal.SIGTERM)
+        assert {trainer.wait() for trainer in trainers} == {143}
+    assert set(train(forge, config, processes=layout[-1])[0]) == {0}
+    whole, parts = (np.array(curve(ground.path / name)) for name in ("e-whole", "e"))
+    worst = float(np.max(np.abs(parts - whole) / np.abs(whole))) if whole.shape == parts.shape else float("inf")
+    figure = f"{' -> '.join(map(str, layout))} processes over {steps} steps: largest relative difference {worst:.1e}"
+    return Row("D2", "another number of processes", figure, worst <= 1e-5)

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llmtune import pretrained
+from llmtune.base import adapter_of, base_of
 from llmtune.errors import LlmtuneConfigError
-from llmtune.model import Model, adapter_of, base_of, read
+from llmtune.model import Model, read
 from llmtune.models.decoder import declare
 from llmtune.sharding import axis_size, put
 from llmtune.transforms import bank_of, choose_rows

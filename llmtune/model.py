@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
+from llmtune.base import Base, base_of
 from llmtune.errors import LlmtuneConfigError
 from llmtune.generation.engine import Engine
 from llmtune.generation.sampling import Sampling
@@ -27,7 +28,7 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, default_mesh, load_strategy, make_mesh, put
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer
-from llmtune.transforms import Transform, build, chain, identity, quantize_each
+from llmtune.transforms import Transform, build, chain
 from llmtune.weights import materialize, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -139,7 +140,7 @@ def load(
     return read(base_of(path), adapters=adapters, dtype=dtype, strategy=strategy)
 
 
-def read(base: "Base", *, adapters: Sequence[str | Path], dtype: str | None, strategy: str | None) -> Model:
+def read(base: Base, *, adapters: Sequence[str | Path], dtype: str | None, strategy: str | None) -> Model:
     """`load` of what a path was found to be."""
     if dtype is not None:
         _check_dtype(dtype)
@@ -238,48 +239,6 @@ def divides(declared: Any, mesh: Mesh, strategy: Strategy) -> bool:
     except ShardingError:
         return False
     return True
-
-
-def adapter_of(path: Path) -> Path:
-    """The adapter of a run, where the path is that of a run."""
-    return path / "export" / "adapter" if (path / "export" / "adapter").is_dir() else path
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a model is read from; `kept`: how its matrices are quantised; `untied`: its head was parted from the embedding."""
-
-    model: str
-    adapters: tuple[Path, ...] = ()
-    kept: Transform = identity
-    untied: bool = False
-
-
-def base_of(path: str | Path, kept: Transform = identity) -> Base:
-    """What a path names; `kept`: how the matrices of a model are quantised. Those of a run are, as they trained."""
-    run = _run_directory(Path(path))
-    if run is not None and kept is not identity:
-        raise LlmtuneConfigError(f"quantize: {path} is a run, whose base is kept as it trained; leave it out")
-    return run or Base(str(path), kept=kept)
-
-
-def _run_directory(path: Path) -> Base | None:
-    """What a finished run of llmtune made of its base; None for any other directory."""
-    if not (path / "config.yaml").is_file() or (path / "config.json").exists():
-        return None
-    model, adapter = path / "export" / "model", path / "export" / "adapter"
-    if not model.is_dir() and not adapter.is_dir():
-        raise LlmtuneConfigError(
-            f"{path}: this run has no export yet; let it finish (the same train command resumes it)"
-        )
-    if not adapter.is_dir():
-        return Base(str(model))
-    from llmtune.config.adapt import unties
-    from llmtune.config.file import load_run
-    from llmtune.config.quantize import kept
-
-    run = load_run(path / "config.yaml", ())
-    return Base(run.model, (adapter,), quantize_each(kept(run.quantize)), unties(run.adapt))
 
 
 def _rows(name: str, value: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -27,9 +27,10 @@ def stacks(sections: Sequence[Any], depth: int) -> list[Stack]:
     """The stacks of a model of so many layers, from the lowest; one of all where no section freezes layers."""
     chosen = next((section.freeze_layers for section in sections if isinstance(section, Full)), 0)
     frozen = range(chosen) if isinstance(chosen, int) else chosen
-    for number in frozen:
-        if number >= depth:
-            said = f"{chosen} layers are" if isinstance(chosen, int) else f"layer {number} is"
-            raise LlmtuneConfigError(f"adapt.freeze_layers: {said} more than there are; the model has {depth}")
+    wrong = [number for number in frozen if number >= depth]
+    if wrong:
+        raise LlmtuneConfigError(
+            f"adapt.freeze_layers: there is no layer {wrong[0]}; the model has {depth}, counted from 0"
+        )
     runs = itertools.groupby(range(depth), key=lambda number: number in frozen)
     return [Stack(len(list(run)), still) for still, run in runs]

@@ -117,8 +117,8 @@ REFUSED = {
     "one weight twice": ([{"targets": "attention"}, {"targets": "q_proj"}], "adapt.1: layers/0/attention/q/kernel has an"),
     "nothing left": ({"method": "full", "train": ["norm"], "freeze": ["norm"]}, "adapt.freeze: nothing is left to train"),
     "a frozen layer that is not there": (
-        {"method": "full", "freeze_layers": [40]}, "adapt.freeze_layers: layer 40 is more than there are; the model has"),
-    "more frozen layers than there are": ({"method": "full", "freeze_layers": 40}, "adapt.freeze_layers: 40 layers are more"),
+        {"method": "full", "freeze_layers": [40]}, "adapt.freeze_layers: there is no layer 40; the model has"),
+    "more frozen layers than there are": ({"method": "full", "freeze_layers": 40}, "adapt.freeze_layers: there is no layer"),
     "a layer below the first": ({"method": "full", "freeze_layers": -1}, "adapt.freeze_layers: -1 must be 0 or more"),
     "full, of nothing": ({"method": "full", "train": ["pooler"]}, "adapt.train: 'pooler' names no weight"),
     "rates that differ": ([{"targets": "attention"}, {"targets": "mlp", "b_rate": 2.0}], "adapt.b_rate: sections differ"),

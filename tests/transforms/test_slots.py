@@ -52,6 +52,7 @@ FUSED = fusion_of([{DOWN: branch(0)}, {DOWN: branch(1, size=3)}])
 METHODS = {
     "prompt tuning": prompt_tuning(virtual_tokens=4),
     "p-tuning": p_tuning(virtual_tokens=4, encoder_hidden=8),
+    "p-tuning, recurrent": p_tuning(virtual_tokens=4, encoder="lstm", encoder_hidden=8),
     "prefix tuning": prefix_tuning(virtual_tokens=4),
     "houlsby": sequential_adapters("houlsby", size=4),
     "pfeiffer": sequential_adapters("pfeiffer", size=4),
@@ -120,7 +121,7 @@ def on_one_device(method):
     return graphdef, base, *train_step(graphdef, params, mesh, REPLICATED, steps=2)
 
 
-BY_NIGHT = ("p-tuning", "pfeiffer", "parallel", "prefix and lora")
+BY_NIGHT = ("p-tuning", "p-tuning, recurrent", "pfeiffer", "parallel", "prefix and lora")
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llmtune import pretrained
-from llmtune.base import adapter_of, base_of
 from llmtune.errors import LlmtuneConfigError
 from llmtune.model import Model, read
 from llmtune.models.decoder import declare
+from llmtune.origin import adapter_of, base_of
 from llmtune.sharding import axis_size, put
 from llmtune.transforms import bank_of, choose_rows
 from llmtune.transforms import quantize as quantized

@@ -66,7 +66,7 @@ def run_export(options: argparse.Namespace) -> int:
     """Carry the command out; 1 where --check finds something in the way."""
     if options.quantize is not None:
         return _quantize(options)
-    from llmtune.base import adapter_of
+    from llmtune.origin import adapter_of
 
     paths = [adapter_of(Path(path)) for path in options.adapters]
     wanted = [name for name in ("check", "pad_rank", "compress_rank", "combine") if getattr(options, name) is not None]

@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
-from llmtune.base import Base, base_of
 from llmtune.errors import LlmtuneConfigError
 from llmtune.generation.engine import Engine
 from llmtune.generation.sampling import Sampling
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
+from llmtune.origin import Base, base_of
 from llmtune.sharding import REPLICATED, ShardingError, Strategy, axis_size, default_mesh, load_strategy, make_mesh, put
 from llmtune.shipped import configs_directory
 from llmtune.tokenizers import Tokenizer, check_fits, load_tokenizer

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import llmtune
-from llmtune.base import base_of
 from llmtune.errors import LlmtuneError
 from llmtune.model import _logits, read
+from llmtune.origin import base_of
 from llmtune.transforms import quantize
 from llmtune.weights import has_codes
 from tests.parity.reference import save_model

@@ -121,7 +121,7 @@ def on_one_device(method):
     return graphdef, base, *train_step(graphdef, params, mesh, REPLICATED, steps=2)
 
 
-BY_NIGHT = ("p-tuning", "p-tuning, recurrent", "pfeiffer", "parallel", "prefix and lora")
+BY_NIGHT = ("prompt tuning", "p-tuning", "p-tuning, recurrent", "pfeiffer", "parallel", "prefix and lora")
 
 
 @pytest.mark.parametrize(

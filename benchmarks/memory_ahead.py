@@ -71,7 +71,7 @@ def compiled(run: Run, mesh: Mesh, strategy: Strategy) -> tuple[jax.stages.Compi
     """The step's program, and the bytes of what goes into it."""
     with jax.set_mesh(mesh):
         weights = abstract_weights(run, pretrained.open_source(run.model), mesh, strategy)
-        program, optimizer = assemble(run, weights, 1000, mesh, strategy)
+        program, optimizer, _ = assemble(run, weights, 1000, mesh, strategy)
         moments = jax.tree.map(lambda leaf: on(mesh, leaf), jax.eval_shape(optimizer.init, weights.trainable))
         state = TrainState(on(mesh, jax.ShapeDtypeStruct((), jnp.int32)), weights.trainable, moments)
         layout = NamedSharding(mesh, strategy.spec("batch", "seq"))

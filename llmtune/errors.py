@@ -26,6 +26,12 @@ class LlmtuneDataError(LlmtuneError):
     """A data row or file that cannot be used; the message starts with file:line."""
 
 
+class LlmtuneDivergedError(LlmtuneError):
+    """The run's own numbers went wrong, again and again: starting it again would end the same way."""
+
+    exit_code = exit_codes.GAVE_UP
+
+
 class LlmtuneRetryError(LlmtuneError):
     """What failed is around the run, not in it (the disk, another process): the same command goes on from the last checkpoint."""
 

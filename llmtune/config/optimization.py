@@ -16,9 +16,11 @@ class Train:
     epochs: float | None = key("instead of steps: passes over the training rows", None)
     batch_size: int = key("rows per update, over all devices and hosts", 8)
     microbatches: int = key("pieces in which a batch is computed; divides batch_size", 1)
-    dtype: Literal["bfloat16", "float32"] = key(
+    dtype: Literal["bfloat16", "float16", "float32"] = key(
         "of matmuls and activations; weights that train stay float32", "bfloat16"
     )
+    loss_scale: float = key("float16: where the dynamic loss scale begins", 65536.0)
+    loss_scale_interval: int = key("float16: steps without overflow after which it doubles", 2000)
     remat: Literal["none", "block", "dots"] = key("what is computed again in the backward pass to save memory", "block")
     seed: int = key("of data order and initial values", 0)
 
@@ -34,4 +36,7 @@ def check_train(train: Train, require: Require) -> None:
         "train.microbatches",
         f"{train.microbatches} does not divide train.batch_size {train.batch_size}",
     )
+    require(0 < train.loss_scale < math.inf, "train.loss_scale", f"{train.loss_scale} must be a positive number")
+    interval = train.loss_scale_interval
+    require(interval > 0, "train.loss_scale_interval", f"{interval} must be positive")
     require(0 <= train.seed < 2**31, "train.seed", f"{train.seed} must lie in 0..2147483647")

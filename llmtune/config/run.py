@@ -12,6 +12,7 @@ types and impossible combinations are refused with the key's path, before anythi
      |- checkpoint           config/checkpoint.py
      |- safeguards           config/safeguards.py
      |- tracking, export     config/tracking.py, config/export.py
+     |- divergence           config/divergence.py
      `- sharding, evaluate
 """
 
@@ -22,6 +23,7 @@ from llmtune.config.adapt import METHODS, Adapt, LowRankSection, check_adapt, pl
 from llmtune.config.added import VirtualTokens
 from llmtune.config.checkpoint import Checkpoint, check_checkpoint
 from llmtune.config.data import Data, added_tokens, check_data, require_room
+from llmtune.config.divergence import Divergence, check_divergence
 from llmtune.config.export import Export, check_export
 from llmtune.config.key import key
 from llmtune.config.optimization import Train, check_train
@@ -70,6 +72,7 @@ class Run:
     sharding: Sharding | None = key("sharding; absent: fsdp over all devices", None)
     checkpoint: Checkpoint = key("checkpoints", Checkpoint())
     safeguards: Safeguards = key("against hangs and lost processes", Safeguards())
+    divergence: Divergence = key("bad steps", Divergence())
     evaluate: Evaluate = key("evaluation", Evaluate())
     tracking: Tracking = key("tracking", Tracking())
     export: Export = key("export", Export())
@@ -87,6 +90,12 @@ def check(run: Run) -> None:
     check_export(run.export, require)
     run.optimizer.check(require)
     check_train(run.train, require)
+    check_divergence(run.divergence, require)
+    require(
+        run.train.dtype != "float16" or run.divergence.non_finite == "skip",
+        "divergence.non_finite",
+        "float16 finds its loss scale by skipping steps that overflow; set it to skip",
+    )
     if run.quantize is not None:
         require(
             run.adapt is not None,

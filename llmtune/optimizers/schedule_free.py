@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmtune.optimizers.placement import layout_of
+
 
 class ScheduleFreeState(NamedTuple):
     """`z`: the iterates; `second`: moments; `weight_sum`, `largest_rate` float32 []."""
@@ -58,5 +60,7 @@ def schedule_free_adamw(
 
 def average_of(b1: float, params: Any, opt_state: Any) -> Any:
     """X of y and z."""
-    found = optax.tree.get(opt_state, "z")
-    return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, found)
+    iterates = optax.tree.get(opt_state, "z")
+    if not jax.sharding.get_abstract_mesh().empty:  # a strategy may have split them further than the weights
+        iterates = jax.tree.map(lambda y, z: jax.sharding.reshard(z, layout_of(y)), params, iterates)
+    return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, iterates)

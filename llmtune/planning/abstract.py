@@ -23,7 +23,7 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import Strategy
 from llmtune.training.adapting import choose_transform
 from llmtune.training.program import Program, assemble, batch_names, row_multiple
-from llmtune.training.state import TrainState
+from llmtune.training.state import TrainState, first_state
 from llmtune.training.state_layout import state_layouts
 from llmtune.training.weights import Weights, declare_base
 from llmtune.transforms import partition
@@ -48,10 +48,9 @@ def abstract_program(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
     """
     require_whole_rows(run, mesh, strategy)
     weights = abstract_weights(run, source, mesh, strategy)
-    program, optimizer = assemble(run, weights, run.train.steps or STEPS, mesh, strategy)
-    moments = jax.tree.map(lambda leaf: _on(mesh, leaf), jax.eval_shape(optimizer.init, weights.trainable))
-    step: Any = _on(mesh, jax.ShapeDtypeStruct((), jnp.int32))
-    state = TrainState(step, weights.trainable, moments)
+    program, optimizer, revisions = assemble(run, weights, run.train.steps or STEPS, mesh, strategy)
+    first = jax.eval_shape(lambda trainable: first_state(trainable, optimizer, revisions), weights.trainable)
+    state = replace(jax.tree.map(lambda leaf: _on(mesh, leaf), first), trainable=weights.trainable)
     layout = NamedSharding(mesh, strategy.spec("batch", "seq"))
     rows = jax.ShapeDtypeStruct((run.train.batch_size, run.data.sequence_length), jnp.int32, sharding=layout)
     return program, Inputs(weights, state, dict.fromkeys(batch_names(run), rows))

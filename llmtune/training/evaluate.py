@@ -41,14 +41,16 @@ class Evaluator:
         documents = max(int(batch["segment_ids"].max()) for batch in batches)
         share = own_rows(self.run.train.batch_size)
         placed = (self.program.place({name: rows[share] for name, rows in batch.items()}) for batch in batches)
-        return held_out_loss(self.program.held_out_step, state.trainable, self.program.frozen, placed, documents)
+        return held_out_loss(
+            self.program.held_out_step, self.program.evaluated(state), self.program.frozen, placed, documents
+        )
 
     def samples(self, state: TrainState) -> list[dict[str, str]]:
         """`[{"prompt", "completion"}]` of the run's prompts; [] without any, or without a tokenizer."""
         prompts, program = self.run.evaluate.prompts, self.program
         completions = sample(
             program.bind,
-            combine(state.trainable, program.frozen),
+            combine(program.evaluated(state), program.frozen),
             [self.data.prompt_ids(prompt) for prompt in prompts],
             self.data.tokenizer,
             self.data.end_ids,

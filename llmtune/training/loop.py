@@ -1,6 +1,7 @@
 """A training run, as a story read from top to bottom: data, mesh, weights, step, loop, export."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmtune.training.announcements import Summary, conclude, describe
 from llmtune.training.checkpoint.checkpoints import Checkpoints
 from llmtune.training.checkpoint.retention import Retention
 from llmtune.training.display import Display, step_status
+from llmtune.training.divergence import BadSteps
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
@@ -90,7 +92,7 @@ def train(
                 after = measure("after", state, evaluator, display)
 
                 display.phase("exporting", total=None)
-                params = combine(state.trainable, program.frozen)
+                params = combine(program.evaluated(state), program.frozen)
                 adapted = has_adapter(run.adapt)
                 with written_once(directory.export) as export:
                     exports = export_run(
@@ -141,6 +143,7 @@ def run_steps(
     if stopping:
         raise Interrupted(stopping)
 
+    bad_steps = BadSteps(run.divergence, display.note)
     watchdog = Watchdog(run.safeguards.hang_seconds, evaluator.directory.stacks)
     with open_trackers(run, evaluator.directory, first, display.note, profile) as tracker, watchdog:
         meter = Meter(program.work, data.source_names, position, evaluator.directory.metrics.seconds(), session.began)
@@ -157,6 +160,9 @@ def run_steps(
             if run.evaluate.samples_every is not None and number % run.evaluate.samples_every == 0:
                 with watchdog.paused():
                     evaluator.sample_at(number, state)
+            if bad_steps.see(row):
+                with watchdog.paused():
+                    state = go_back(checkpoints, state, program)
             display.advance(1, step_status(row))
             stopping, failed = highest([stop.signal, checkpoints.has_failed()])
             with watchdog.paused():
@@ -168,6 +174,13 @@ def run_steps(
                 raise Interrupted(stopping)
             meter.start()
     return state
+
+
+def go_back(checkpoints: Checkpoints, state: TrainState, program: Program) -> TrainState:
+    """The last checkpoint's weights, moments and schedule, while the data goes on; the given state where there is none."""
+    checkpoints.wait()
+    restored = checkpoints.restore(state, program.mesh)
+    return state if restored is None else replace(restored, step=state.step)
 
 
 def measure(moment: str, state: TrainState, evaluator: Evaluator, display: Display) -> HeldOut | None:

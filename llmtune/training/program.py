@@ -24,11 +24,12 @@ from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
-from llmtune.optimizers import make_optimizer, make_schedule
+from llmtune.optimizers import evaluated_weights, make_optimizer, make_schedule
 from llmtune.sharding import Strategy, axis_size
 from llmtune.training.groups import rates_and_undecayed
 from llmtune.training.remat import POLICIES
-from llmtune.training.state import TrainState, init_state
+from llmtune.training.revisions import choose_revisions
+from llmtune.training.state import Revision, TrainState, init_state
 from llmtune.training.state_layout import with_split_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
 from llmtune.training.utilization import Work, model_work, with_pairs
@@ -54,9 +55,14 @@ class Program:
     step: TrainStep
     held_out_step: EvalStep
     row_multiple: int
+    average: Callable[[Any, Any], Any]
     whole: tuple[str, ...]
     virtual_tokens: int
     work: Work
+
+    def evaluated(self, state: TrainState) -> Any:
+        """The weights (those that train) which are evaluated and exported: the state's own, or an average of them."""
+        return self.average(state.trainable, state.opt_state)
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
         """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
@@ -88,14 +94,17 @@ def build_program(
     """
     row_multiple(run, mesh, strategy)  # refuses before anything is read
     weights = prepare_weights(run, source, mesh, strategy, progress)
-    program, optimizer = assemble(run, weights, steps, mesh, strategy)
-    return program, init_state(weights.trainable, optimizer)
+    program, optimizer, revisions = assemble(run, weights, steps, mesh, strategy)
+    return program, init_state(weights.trainable, optimizer, revisions)
 
 
 def assemble(
     run: Run, weights: Weights, steps: int, mesh: Mesh, strategy: Strategy
-) -> tuple[Program, optax.GradientTransformation]:
-    """The program of these weights, and its optimizer. They may be abstract, for compiling ahead of time."""
+) -> tuple[Program, optax.GradientTransformation, tuple[Revision, ...]]:
+    """The program of these weights, and what its first state is made with (`first_state`).
+
+    They may be abstract, for compiling ahead of time.
+    """
     schedule = make_schedule(run.optimizer, steps)
     optimizer = make_optimizer(run.optimizer, schedule, *rates_and_undecayed(run, weights.trainable))
     optimizer = with_split_state(optimizer, weights.state_layouts)
@@ -111,7 +120,11 @@ def assemble(
     sources = len(sources_of(run.data.train))
     objective = OBJECTIVES[run.objective]
     objective = functools.partial(objective, sources=sources) if sources > 1 else objective
-    step = make_train_step(training, objective, optimizer, schedule, strategy, run.train.microbatches, run.train.seed)
+    revisions = choose_revisions(run, schedule)
+    train = run.train
+    step = make_train_step(
+        training, objective, optimizer, schedule, strategy, train.microbatches, train.seed, revisions
+    )
     program = Program(
         mesh,
         strategy,
@@ -120,11 +133,12 @@ def assemble(
         with_pairs(step, config),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         row_multiple(run, mesh, strategy),
+        evaluated_weights(run.optimizer),
         weights.whole,
         weights.virtual_tokens,
         model_work(config, weights.trainable, mesh.devices, adapted=has_adapter(run.adapt)),
     )
-    return program, optimizer
+    return program, optimizer, revisions
 
 
 def batch_names(run: Run) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ The loss is a sum over target tokens divided by their number over the whole glob
 loss, of weight and of gradient, and divide once at the end: uneven token counts change nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,13 +17,13 @@ from jax.sharding import PartitionSpec
 
 from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
 from llmtune.sharding import Strategy, spec
+from llmtune.training.loss_scale import scaled
 from llmtune.training.norms import norms_by_part
-from llmtune.training.state import TrainState
+from llmtune.training.state import Metrics, Revision, TrainState
 from llmtune.transforms import combine
 from llmtune.weights import with_dropout_keys
 
 Bind = Callable[[Any], Model]  # a tree of weights -> the record that objectives see
-Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Batch, Any], tuple[jax.Array, jax.Array]]
 
@@ -35,8 +36,11 @@ def make_train_step(
     strategy: Strategy,
     microbatches: int,
     seed: int = 0,
+    revisions: Sequence[Revision] = (),
 ) -> TrainStep:
     """Metrics, scalars: `loss`, `grad_norm` (before clipping; also by part), `learning_rate`, `tokens`, `target_tokens`.
+
+    `revisions` see what a step proposes, in their order, before it counts; without any the step is the plain one.
 
     And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts. `tokens` are without padding. What
     dropout drops follows from (seed, step, microbatch, weight).
@@ -46,26 +50,32 @@ def make_train_step(
         loss, weight, figures = objective(bind(with_dropout_keys(combine(trainable, frozen), key)), batch)
         return loss, (weight, figures)
 
-    gradient = jax.value_and_grad(sums, has_aux=True)
-
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with strategy.active():
             key = jax.random.fold_in(jax.random.key(seed), state.step)
+            scale = None if state.loss_scale is None else state.loss_scale.scale / batch["tokens"].size
+            gradient = jax.value_and_grad(sums if scale is None else scaled(sums, scale), has_aux=True)
             (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, key, batch)
             total = jnp.maximum(weight, 1.0)
-            grads = jax.tree.map(lambda g: g / total, grads)
+            if scale is None:
+                grads = jax.tree.map(lambda g: g / total, grads)
+            else:
+                loss, grads = loss / scale, jax.tree.map(lambda g: g / (total * scale), grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {
-            "loss": loss / total,
-            "grad_norm": optax.tree.norm(grads),
-            **norms_by_part(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": (batch["segment_ids"] > 0).sum(),
-            "target_tokens": weight,
-            **{name: value / total for name, value in figures.items()},
-        }
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+            metrics = {
+                "loss": loss / total,
+                "grad_norm": optax.tree.norm(grads),
+                **norms_by_part(grads),
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+                "tokens": (batch["segment_ids"] > 0).sum(),
+                "target_tokens": weight,
+                **{name: value / total for name, value in figures.items()},
+            }
+            proposed = replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
+            for revision in revisions:
+                proposed, metrics = revision.revise(state, proposed, metrics)
+        return proposed, metrics
 
     return step
 

@@ -106,7 +106,8 @@ def all_bad(folder, mesh):
         damage("deleted", folder / f"bad/{step}", folder / "bad/1", random)
     for _ in range(3):
         try:
-            checkpoints(folder / "bad").restore(state(0), mesh)
+            with checkpoints(folder / "bad") as own:
+                own.restore(state(0), mesh)
         except LlmtuneError:
             refused += 1
     return Row("B2", "every step damaged", f"refused {refused} of 3 times; never begun anew", refused == 3)

@@ -84,3 +84,8 @@ def test_hangs(forge, ground):
 def test_the_same_rows_and_the_same_curve(forge, ground):
     check(order.same_rows(50))
     check(order.same_curve(forge, ground, 12))
+
+
+def test_a_trainer_whose_supervisor_is_gone_ends_as_when_asked_to(forge, ground):
+    trainer = forge.train(ground.config("orphan", steps=10**6, every=10**6), environment={"LLMTUNE_SUPERVISOR": "1"})
+    assert trainer.wait() == 143, trainer.said

@@ -12,6 +12,7 @@ that says that the same command goes on.
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ from llmtune.weights import path_name
 
 
 class Checkpoints:
-    """Leaving its `with` waits for what is under way.
+    """Its `with` holds the directory against other processes; leaving it waits for what is under way.
 
     `run`: what the steps belong to, hashes by name, which a restored step must have too; `say`: where a person reads a line;
     `note`: is told each step that counts.
@@ -59,11 +60,7 @@ class Checkpoints:
         self._failures = 0
         self.committed: int | None = None  # the newest step of this session that counts
         self._figures: dict[int, dict[str, float]] = {}
-        if is_first():
-            with written_plainly(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-            steps.remove_halves(directory)
-        wait_for_all("the checkpoints are tidy")
+        self._held: int | None = None
 
     def restore(self, like: TrainState, mesh: Mesh) -> TrainState | None:
         """The newest good step's state, laid out like `like`, whose mesh may be another than the saved. None: no steps at all.
@@ -204,14 +201,30 @@ class Checkpoints:
             self._figures.pop(old)
 
     def __enter__(self) -> "Checkpoints":
+        """Raises LlmtuneRetryError where another process is at it: two runs in one directory would ruin both."""
+        if is_first():
+            with written_plainly(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._held = steps.hold(self.directory)
+            if self._held is None:
+                raise LlmtuneRetryError(
+                    f"{self.directory}: another process trains this run; wait until it has ended, or choose another output"
+                )
+            steps.remove_halves(self.directory)
+        wait_for_all("the checkpoints are tidy")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Where an error is already on its way, a failed save does not hide it."""
-        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
-            self._settle()
+        try:
+            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+                self._settle()
+        finally:
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
 
 
 def flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -4,6 +4,7 @@ This module knows files and no arrays: a process that never imports jax can ask 
 """
 
 import concurrent.futures
+import fcntl
 import hashlib
 import os
 import shutil
@@ -101,6 +102,19 @@ def quarantine(path: Path) -> Path:
     os.rename(path, at)
     sync(path.parent)
     return at
+
+
+def hold(directory: Path) -> int | None:
+    """Hold the directory until the descriptor is closed, or this process ends however it may; None: another one does."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return opened
 
 
 def remove_halves(directory: Path) -> None:

@@ -203,6 +203,13 @@ def test_a_save_that_fails_too_often_stops_the_run(tmp_path, mesh, monkeypatch):
     assert names(tmp_path) == ["1"] and restored(tmp_path, mesh) == (1, [])
 
 
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    with Open(tmp_path), pytest.raises(LlmtuneRetryError, match="another process trains this run"), Open(tmp_path):
+        pass
+    with Open(tmp_path):
+        pass
+
+
 def test_steps_that_are_no_numbers_are_none(tmp_path):
     (tmp_path / "12").mkdir()
     for name in ("012", "3.partial", "x", "٣"):

@@ -102,6 +102,8 @@ def _wait_for_reports(directory: Path, child: subprocess.Popen) -> None:
     begun = time.monotonic()
     while not all(list(directory.glob(pattern)) for pattern in (REPORT, PROGRAM, LAST)):
         if child.poll() is not None:
+            if all(list(directory.glob(pattern)) for pattern in (REPORT, PROGRAM)):
+                return  # refused, after it said how much it would take
             said = (directory / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise LlmtuneError(f"plan: the compiler ended without a program: {said[-1] if said else 'it said nothing'}")
         if time.monotonic() - begun > PATIENCE:

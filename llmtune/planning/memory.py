@@ -23,12 +23,12 @@ from llmtune.config import Run
 from llmtune.models.config import ModelConfig
 from llmtune.planning.abstract import Inputs, device_bytes
 from llmtune.sharding import Strategy, axis_size
+from llmtune.weights import vocabulary_loss
 
-LOGITS = 2**28  # bytes of the float32 logits that a device holds at a time
-INNER, HIDDEN = (
-    9.5,
-    5.5,
-)  # arrays of the MLP's width and of the residual's that a block's backward pass has at once: fitted
+# How many arrays of one size are there at once, fitted: in a block's backward pass, of the MLP's width (of experts more, since
+# grouped products come out in float32) and of the residual's; around the loss, of the logits.
+INNER, EXPERTS, HIDDEN, LOGITS = 9.5, 14.2, 5.5, 3.5
+CHUNK = 512  # tokens of a row whose logits a device holds at a time, where it has the head for itself
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,14 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
 
     tokens = run.train.batch_size * run.data.sequence_length / run.train.microbatches / ways("batch", "seq")
     residual = tokens * ways("seq") / ways("residual_seq") * config.hidden_size / ways("act_embed")
-    through_experts = 1 if config.experts is None else config.experts.num_experts_per_tok
-    inner = tokens * through_experts * config.intermediate_size / ways("act_mlp")
-    logits = min(LOGITS, tokens * config.vocab_size / ways("act_vocab") * 4)
+    experts = config.experts
+    inner = tokens * config.intermediate_size / ways("act_mlp")
+    inner *= INNER if experts is None else EXPERTS * experts.num_experts_per_tok
+    whole_logits = tokens * config.vocab_size / ways("act_vocab") * 4
+    shared = ways("batch", "seq") > 1  # then `vocabulary_loss` cuts the vocabulary, else `head_loss` the rows
+    logits = (
+        min(vocabulary_loss.LOGITS, whole_logits) if shared else whole_logits * min(1, CHUNK / run.data.sequence_length)
+    )
     wide = [leaf for leaf in jax.tree.leaves(trainable["layers"]) if jnp.dtype(leaf.dtype).itemsize > itemsize]
     return Memory(
         weights=device_bytes(jax.tree.leaves(frozen)) + (whole if run.adapt is None else 0),
@@ -84,8 +89,8 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
         gradients=sum(map(_local, jax.tree.leaves(trainable))) * 4 * (1 if run.train.microbatches == 1 else 2),
         copies=sum(map(_local, wide)) * itemsize,
         kept=round(_kept(run, config, tokens, residual, ways) * config.num_hidden_layers),
-        block=round((INNER * inner + HIDDEN * residual) * itemsize),
-        loss=round(3 * logits + 4 * tokens * config.hidden_size),
+        block=round((inner + HIDDEN * residual) * itemsize),
+        loss=round(LOGITS * logits + 4 * tokens * config.hidden_size),
     )
 
 

@@ -96,7 +96,7 @@ def edit(path, **values):
         ({"data": {"columns": {"prompt": "question"}}}, "{tmp}/rows.jsonl:1: no format has the columns"),
         ({"data": {"sequence_length": 8, "too_long": "error"}}, "{tmp}/rows.jsonl:1: "),
         ({"data": {"sequence_length": 8, "too_long": "drop"}}, "data.train: nothing to train on: every row was left out"),
-        ({"sharding": {"strategy": "fdsp"}}, "sharding.strategy: no strategy 'fdsp'; known: expert, fsdp, tensor"),
+        ({"sharding": {"strategy": "fdsp"}}, "sharding.strategy: no strategy 'fdsp'; known: context, ddp, expert, fsdp"),
         ({"sharding": {"mesh": {"fsdp": 3}}}, "sharding.mesh"),
         ({"sharding": {"mesh": {"fdsp": 8}}}, "sharding.mesh"),
         ({"output": "{tmp}/rows.jsonl/output"}, "{tmp}/rows.jsonl/output"),

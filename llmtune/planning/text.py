@@ -20,7 +20,7 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
     rows = f"{run.train.batch_size} rows of {run.data.sequence_length:,} tokens a step"
     console.print(Text(f"{run.model}, {rows}, on {layout.topology.name} ({count} devices)"))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("per device")
+    table.add_column("per device", no_wrap=True)
     for plan in plans:
         table.add_column(heading(plan), justify="right")
     for section, lines in sections(plans):

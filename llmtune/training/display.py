@@ -68,7 +68,7 @@ class Display:
 def step_status(row: dict[str, Any]) -> str:
     """`loss 2.312  grad 0.87  lr 1.9e-04  1,234 tok/s  MFU 43.1 %`; what is not known is left out."""
     mfu = f"  MFU {row['mfu']:.1%}".replace("%", " %") if "mfu" in row else ""
-    skipped = f"  {row['skipped_steps']} skipped" if row.get("skipped_steps") else ""
+    skipped = "  skipped" if row.get("skipped") else ""
     return (
         f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_second']:,.0f} tok/s{mfu}{skipped}"

@@ -12,8 +12,10 @@ import pytest
 import llmtune
 from llmtune.cli import main
 from llmtune.evaluation.report import read_record, units, write_comparison, write_report
+from llmtune.evaluation.report.spending import spending
 from llmtune.evaluation.report.tables import differences
-from tests.evaluation.runs import HOSTILE, short_run
+from llmtune.evaluation.report.verdict import judge
+from tests.evaluation.runs import HOSTILE, PROMPTS, short_run
 from tests.training.interruption import StoppingDisplay, train_until
 
 NO_END = {"meta", "link", "br"}
@@ -121,7 +123,7 @@ def test_the_page_shows_what_the_run_was(runs, page):
         for sample in record.samples(moment):
             assert " ".join(sample["completion"].split()) in page.text
     drawings = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     for drawing in drawings:
         assert "var(--first)" in drawing and not re.search(r"#0101\d\d", drawing)
         texts = [element.text for element in ElementTree.fromstring(drawing).iter("text")]
@@ -294,3 +296,66 @@ def test_a_torn_last_line_is_left_out(copy):
     whole = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(whole + '{"step": 13, "lo')
     assert read_record(copy).last_step == 12
+
+
+def mixture(copy):
+    """The run as one of two sources, interrupted once, with samples on the way."""
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {
+            "loss/code": row["loss"] + 1,
+            "loss/law <b>": row["loss"] - 1,
+            "grad_norm/mlp": 1.0,
+            "grad_norm/head": 2.0,
+        }
+        row |= {"seconds": 2.0, "mfu": 0.413, "skipped": float(row["step"] == 3)}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = json.loads((copy / "run.json").read_text())
+    session = facts["sessions"][-1] | {"compile_seconds": 5.0}
+    first = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "ended": None,
+        "outcome": "running",
+        "seconds": 15.0,
+        "first_step": 0,
+    }
+    second = {
+        "started": "2026-01-01T00:01:00+00:00",
+        "ended": "2026-01-01T00:01:40+00:00",
+        "seconds": 40.0,
+        "first_step": 4,
+    }
+    facts["sessions"] = [session | first, session | second]
+    (copy / "run.json").write_text(json.dumps(facts))
+    sample = {"step": 4, "prompt": PROMPTS[0], "completion": "<i>half way</i>"}
+    (copy / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    return len(rows)
+
+
+def test_a_mixture_an_interruption_and_samples_on_the_way_are_shown(copy):
+    steps = mixture(copy)
+    page = write_report(copy).read_text()
+    for title in (
+        "Training loss by source, running mean",
+        "Gradient norm by part, running mean",
+        "share of the chip&#39;s peak",
+    ):
+        assert title in page
+    assert "law &lt;b&gt;" in page and "law <b>" not in page
+    assert "Step 4" in page and "&lt;i&gt;half way&lt;/i&gt;" in page and "On the way: 1 more" in page
+    assert "1 step changed nothing and was skipped, the first of them step 3." in page
+    assert "taken up again after step 4" in page and "41.3%" in page
+    time = spending(read_record(copy))
+    assert (time.steps, time.compiling, time.wall, time.restarts) == (2.0 * steps, 10.0, 100.0, 1)
+    assert time.other == 55.0 - 10.0 - 2.0 * steps and time.between == 45.0 and time.goodput == 2.0 * steps / 100
+    assert f'<dt>Goodput</dt><dd class="value">{2 * steps}%</dd>' in page
+
+
+def test_a_source_that_gets_worse_is_warned_of(copy):
+    mixture(copy)
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["loss/code"] = 2.0 + 0.1 * row["step"]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [remark.text for remark in judge(read_record(copy))]
+    assert any(text.startswith("The training loss of a source of the mixture rose: code (2.") for text in texts)

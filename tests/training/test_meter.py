@@ -72,7 +72,7 @@ def test_a_row_tells_speed_utilisation_and_what_came_of_the_time():
     work = Work(per_token=1e12, per_pair=1e9, peak=4 * 197e12, devices=4)
     meter = Meter(work, (), lambda step: {"epoch": step / 10}, spent=10.0, began=0.0)
     meter.clock -= 2.0
-    metrics = {"loss": 2.5, "tokens": 300.0, "target_tokens": 200.0, "skipped_steps": 1, PAIRS: 1000.0}
+    metrics = {"loss": 2.5, "tokens": 300.0, "target_tokens": 200.0, "skipped": 1, PAIRS: 1000.0}
     row = meter.row(3, {name: jnp.float32(value) for name, value in metrics.items()})
     flops = 300 * 1e12 + 1000 * 1e9
     assert row["seconds"] == pytest.approx(2.0, rel=0.05) and row["tokens_per_second"] * row[

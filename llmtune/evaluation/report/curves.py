@@ -14,8 +14,12 @@ import numpy as np
 
 from llmtune.evaluation.report.record import Record
 
-INK, GRID, FIRST, SECOND = "#010101", "#010102", "#010103", "#010104"  # stand-ins, replaced by:
-VARIABLES = {INK: "var(--soft)", GRID: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
+INK, GRID = "#010101", "#010102"  # stand-ins, replaced by variables of the page
+SERIES = {
+    f"#0102{n:02d}": f"--{name}" for n, name in enumerate(("first", "second", "third", "fourth", "fifth", "sixth"))
+}
+FIRST, SECOND, *_ = SERIES
+VARIABLES = {INK: "var(--soft)", GRID: "var(--line)", **{own: f"var({name})" for own, name in SERIES.items()}}
 LEFT, RIGHT, BELOW, ABOVE = 46, 12, 34, 8  # margins: fixed, so that drawings line up (and fitting them takes a while)
 ROUND = [1, 2, 2.5, 5, 10]  # ticks are at multiples of these
 LOGARITHMIC = 15  # a loss that falls by more than this factor is drawn over a logarithmic axis
@@ -76,7 +80,7 @@ class Chart:
 
 
 def run_charts(record: Record) -> list[Chart]:
-    """Loss, learning rate, gradient norm, throughput; none without a step."""
+    """Loss, and that of each source; learning rate; gradient norm, and that of each part; throughput; none without a step."""
     if not record.rows:
         return []
     noisy, smooth = loss_curves(record, FIRST)
@@ -85,10 +89,30 @@ def run_charts(record: Record) -> list[Chart]:
     legend = (("--first", "training"), ("--second", "held out"))[: 1 + len(measured)]
     return [
         Chart("Loss, nats per token", legend, draw("loss", [noisy, smooth, *measured])),
+        *several(record, "Training loss by source, running mean", "loss/", "source"),
         Chart("Learning rate", (), draw("rate", [metric(record, "learning_rate", FIRST)], zero=True)),
         Chart("Gradient norm before clipping", (), draw("norm", [metric(record, "grad_norm", FIRST)], zero=True)),
+        *several(record, "Gradient norm by part, running mean", "grad_norm/", "part", zero=True),
         Chart("Tokens per second", (), draw("speed", [metric(record, "tokens_per_second", FIRST)], zero=True)),
+        *(
+            [Chart("Model FLOPs, share of the chip's peak", (), draw("mfu", [metric(record, "mfu", FIRST)], zero=True))]
+            if len(record.series("mfu")[0])
+            else []
+        ),
     ]
+
+
+def several(record: Record, title: str, prefix: str, name: str, zero: bool = False) -> list[Chart]:
+    """One chart of all metrics whose names begin so, as many as there are colours; none where there is at most one."""
+    names = record.names_after(prefix)[: len(SERIES)]
+    if len(names) < 2:
+        return []
+    curves = []
+    for own, colour in zip(names, SERIES, strict=False):
+        steps, values = record.series(prefix + own)
+        curves.append(Curve(steps, running_mean(values, max(1, len(steps) // 25)), colour))
+    legend = tuple(zip(SERIES.values(), names, strict=False))
+    return [Chart(title, legend, draw(name, curves, zero=zero))]
 
 
 def comparison_charts(one: Record, other: Record) -> list[Chart]:

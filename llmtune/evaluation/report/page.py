@@ -14,6 +14,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluation.report import data_tables, tables, units
 from llmtune.evaluation.report.curves import comparison_charts, run_charts
 from llmtune.evaluation.report.record import Record, read_record
+from llmtune.evaluation.report.spending import spending
 from llmtune.evaluation.report.verdict import compare, judge
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,6 +45,7 @@ def run_page(record: Record) -> str:
         tiles=tables.tiles(record),
         charts=run_charts(record),
         samples=_samples(record),
+        time=spending(record),
         data_parts=data_tables.data_parts(record),
         data_rows=data_tables.data_rows(record),
         sections=[
@@ -93,10 +95,13 @@ def _method(section: dict[str, Any]) -> str:
     return name if rank is None else f"{name}, rank {rank}"
 
 
-def _samples(record: Record) -> list[tuple[str, str | None, str | None]]:
-    """(prompt, completion before, after); None where it was not sampled (yet)."""
+def _samples(record: Record) -> list[tuple[str, str | None, list[tuple[str, str]], str | None]]:
+    """(prompt, completion before, those on the way with their steps, after); None where it was not sampled (yet)."""
     before, after = (_by_prompt(record, moment) for moment in ("before", "after"))
-    return [(prompt, before.get(prompt), after.get(prompt)) for prompt in {**before, **after}]
+    way: dict[str, list[tuple[str, str]]] = {}
+    for row in record.sampled:
+        way.setdefault(row["prompt"], []).append((f"Step {row['step']:,}", row["completion"]))
+    return [(prompt, before.get(prompt), way.get(prompt, []), after.get(prompt)) for prompt in {**before, **after}]
 
 
 def _paired_samples(one: Record, other: Record) -> list[tuple[str, list[tuple[str, str]]]]:

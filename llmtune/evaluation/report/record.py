@@ -1,7 +1,7 @@
 """A run directory, as the report reads it: finished, still going on, or left behind by an interruption."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Record:
     evaluation: dict[str, Any]
     before: HeldOut | None
     after: HeldOut | None
+    sampled: list[Row] = field(default_factory=list)  # samples.jsonl: those on the way
 
     @property
     def name(self) -> str:
@@ -64,6 +65,11 @@ class Record:
         pairs = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
         return tuple(np.array(pairs, np.float64).reshape(-1, 2).T)  # type: ignore[return-value]
 
+    def names_after(self, prefix: str) -> list[str]:
+        """`["gsm8k", "shakespeare"]` of `loss/`: what is measured apart, in the order in which it first comes."""
+        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix))
+        return [name.removeprefix(prefix) for name in names]
+
     def evaluation_curve(self) -> tuple[np.ndarray, np.ndarray]:
         """(steps, held-out losses), the measurements before and after included."""
         steps, losses = self.series("eval_loss")
@@ -92,7 +98,8 @@ def read_record(path: str | Path) -> Record:
     evaluation = _object(directory / "evaluation.json")
     before, after = (_held_out(directory, evaluation, moment) for moment in MOMENTS)
     facts = _object(directory / "run.json")
-    return Record(directory, tree, _rows(directory / "metrics.jsonl"), facts, evaluation, before, after)
+    rows, sampled = (_rows(directory / name) for name in ("metrics.jsonl", "samples.jsonl"))
+    return Record(directory, tree, rows, facts, evaluation, before, after, sampled)
 
 
 def _held_out(directory: Path, evaluation: dict[str, Any], moment: str) -> HeldOut | None:

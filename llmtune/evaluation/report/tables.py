@@ -9,6 +9,7 @@ from llmtune.config.file import flat
 from llmtune.evaluation.report import units
 from llmtune.evaluation.report.data_tables import data_facts
 from llmtune.evaluation.report.record import MOMENTS, Record
+from llmtune.evaluation.report.spending import spending
 from llmtune.evaluation.report.verdict import perplexity_bounds, progress
 
 Rows = list[tuple[str, str]]
@@ -39,9 +40,15 @@ def tiles(record: Record) -> list[Tile]:
     _, losses = record.series("loss")
     if len(losses):
         found.append(Tile("Training loss", units.figure(float(losses[-1])), f"from {units.figure(float(losses[0]))}"))
-    speed = throughput(record)
+    speed, used = throughput(record), record.series("mfu")[1]
+    if len(used):
+        found.append(Tile("Of the chip's peak", f"{float(np.median(used)):.1%}", "model FLOPs (MFU), median"))
     if speed is not None:
         found.append(Tile("Tokens per second", units.figure(speed[0]), f"{units.duration(speed[1])} a step"))
+    time = spending(record)
+    if time is not None:
+        note = f"training, of {units.duration(time.wall)} since it began"
+        found.append(Tile("Goodput", f"{time.goodput:.0%}", note))
     if record.sessions:
         compiled = sum(session.get("compile_seconds", 0) for session in record.sessions)
         note = f"{units.duration(compiled)} of it compiling" if compiled else progress(record)

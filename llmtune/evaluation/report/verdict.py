@@ -33,6 +33,8 @@ def judge(record: Record) -> list[Remark]:
     remarks = [
         _outcome(record),
         *_not_finite(record),
+        *_skipped(record),
+        *_sources(record),
         *_overfitting(record),
         *_lost_rows(record),
         *_interruptions(record),
@@ -136,6 +138,32 @@ def _not_finite(record: Record) -> list[Remark]:
         return []
     text = f"The loss or its gradient was not finite in {count(len(bad), 'step')}, first at step {bad[0]:,}."
     return [Remark(BAD, text, "Try a lower learning rate, a longer warmup, gradient clipping, or float32.")]
+
+
+def _skipped(record: Record) -> list[Remark]:
+    steps = [row["step"] for row in record.rows if row.get("skipped")]
+    if not steps:
+        return []
+    were = "was" if len(steps) == 1 else "were"
+    text = f"{count(len(steps), 'step')} changed nothing and {were} skipped, the first of them step {steps[0]:,}."
+    return [Remark(WARNING, text, "The loss or its gradient was not finite, or rose too far.")]
+
+
+def _sources(record: Record) -> list[Remark]:
+    """Sources of a mixture whose training loss ends above where it began."""
+    risen = []
+    for name in record.names_after("loss/"):
+        _, losses = record.series(f"loss/{name}")
+        few = max(1, min(20, len(losses) // 4))
+        if len(losses) >= 8 and float(np.mean(losses[-few:])) > float(np.mean(losses[:few])) + TURN:
+            risen.append(f"{name} ({figure(float(np.mean(losses[:few])))} to {figure(float(np.mean(losses[-few:])))})")
+    if not risen:
+        return []
+    return [
+        Remark(
+            WARNING, f"The training loss of a source of the mixture rose: {', '.join(risen)}.", "Give it more weight."
+        )
+    ]
 
 
 def _overfitting(record: Record) -> list[Remark]:

@@ -22,6 +22,7 @@ from typing import Literal
 from llmtune.config.adapt import METHODS, Adapt, LowRankSection, check_adapt, places, sections
 from llmtune.config.added import VirtualTokens
 from llmtune.config.checkpoint import Checkpoint, check_checkpoint
+from llmtune.config.continuing import Continuing, check_continuing
 from llmtune.config.data import Data, added_tokens, check_data, require_room
 from llmtune.config.divergence import Divergence, check_divergence
 from llmtune.config.export import Export, check_export
@@ -60,6 +61,9 @@ class Run:
     model: str = key("a Hugging Face directory, or a preset of configs/models (random weights)")
     output: str = key("the run's directory; the same configuration on it resumes")
     data: Data = key("data")
+    continue_from: str | Continuing | None = key(
+        "an earlier run whose weights this one begins with, its data and schedule being others on purpose", None
+    )
     objective: Literal["pretrain", "sft"] = key("pretrain: every token is a target; sft: completions are", "sft")
     adapt: Adapt | None = key(
         "a parameter transform, or a list of them; absent: full fine-tuning", None, methods=METHODS
@@ -88,6 +92,7 @@ def check(run: Run) -> None:
     check_data(run.data, require)
     check_tracking(run.tracking, require)
     check_export(run.export, require)
+    check_continuing(run.continue_from, run.output, require)
     run.optimizer.check(require)
     check_train(run.train, require)
     check_divergence(run.divergence, require)

@@ -22,6 +22,7 @@ from llmtune.tracking import require_installed
 from llmtune.training.announcements import Summary, conclude, describe
 from llmtune.training.checkpoint.checkpoints import Checkpoints
 from llmtune.training.checkpoint.retention import Retention
+from llmtune.training.continuing import find_earlier, take_over
 from llmtune.training.display import Display, step_status
 from llmtune.training.divergence import BadSteps
 from llmtune.training.evaluate import Evaluator
@@ -67,12 +68,18 @@ def train(
 
         _, declared = declare_base(run, source.config)
         mesh, strategy = choose_layout(run.sharding, declared, devices)
+        earlier = find_earlier(run, source.digest)
         directory = claim(run, data.digest, source.digest)
 
         with jax.set_mesh(mesh):
             display.phase("reading weights", total=source.weight_bytes or None)
-            program, state = build_program(run, source, steps, mesh, strategy, display.advance)
+            program, state = build_program(
+                run, source, steps, mesh, strategy, display.advance,
+                lambda own: own if earlier is None else take_over(earlier, own, mesh),
+            )  # fmt: skip
             describe(display, run, source, vocabulary, data, program, state)
+            if earlier is not None:
+                display.note(f"continuing from step {earlier.manifest.step} of {earlier.run}: its weights, at step 0 of this run")
             wait_for_all("the directory is claimed")
             if is_first():
                 directory.begin(run, data.digest, source.digest)
@@ -80,6 +87,7 @@ def train(
 
             evaluator = Evaluator(run, source.config, data, program, directory)
             facts = run_facts(run, source, data, steps, state, program)
+            facts["continued_from"] = earlier.facts if earlier else directory.read_facts().get("continued_from")
             with Session(directory, facts, session_facts(program)) as session:
                 with open_checkpoints(run, directory, data, source, session, display) as checkpoints:
                     state = resume(directory, checkpoints, state, program, display)

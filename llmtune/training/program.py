@@ -86,16 +86,22 @@ class Program:
 
 
 def build_program(
-    run: Run, source: pretrained.Source, steps: int, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
+    run: Run,
+    source: pretrained.Source,
+    steps: int,
+    mesh: Mesh,
+    strategy: Strategy,
+    progress: pretrained.Progress,
+    begin: Callable[[Any], Any] = lambda trainable: trainable,
 ) -> tuple[Program, TrainState]:
     """Read the weights, adapt them, and make the functions of a run of so many steps. To be called under the mesh.
 
-    The state is not kept in the program: it is donated step by step, and a resumed run needs no second copy.
+    `begin`: from the weights that train, as read, to those that training begins with. The state is not kept in the program: it is donated step by step, and a resumed run needs no second copy.
     """
     row_multiple(run, mesh, strategy)  # refuses before anything is read
     weights = prepare_weights(run, source, mesh, strategy, progress)
     program, optimizer, revisions = assemble(run, weights, steps, mesh, strategy)
-    return program, init_state(weights.trainable, optimizer, revisions)
+    return program, init_state(begin(weights.trainable), optimizer, revisions)
 
 
 def assemble(

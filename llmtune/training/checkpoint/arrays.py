@@ -25,3 +25,10 @@ def start_writing(path: Path, arrays: dict[str, jax.Array]) -> Callable[[], None
 def read(path: Path, like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays, with the shapes, dtypes and shardings asked for."""
     return ocp.load_checkpointables(str(path), {ITEM: like})[ITEM]
+
+
+def read_part(path: Path, like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Of the arrays in the directory those that are asked for; the others are not read."""
+    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    with ocp.Context(pytree_options=options):
+        return read(path, like)

@@ -57,7 +57,9 @@ def find_earlier(run: Run, base_digest: str) -> Earlier | None:
     _require_fit(run, directory, base_digest)
     there = steps.steps_on_disk(directory.checkpoints)
     if asked.step is not None and asked.step not in there:
-        raise LlmtuneConfigError(f"continue_from.step: {asked.run} has no checkpoint {asked.step}; it has {there or 'none'}")
+        raise LlmtuneConfigError(
+            f"continue_from.step: {asked.run} has no checkpoint {asked.step}; it has {there or 'none'}"
+        )
     reasons = []
     for step in there if asked.step is None else [asked.step]:
         path = directory.checkpoints / str(step)
@@ -65,7 +67,9 @@ def find_earlier(run: Run, base_digest: str) -> Earlier | None:
             return Earlier(directory.path, path, steps.verify_step(path))
         except DamagedError as error:
             reasons.append(f"step {step}: {error}")
-    raise LlmtuneConfigError(f"continue_from: {asked.run} has no checkpoint to begin with ({'; '.join(reasons) or 'no step'})")
+    raise LlmtuneConfigError(
+        f"continue_from: {asked.run} has no checkpoint to begin with ({'; '.join(reasons) or 'no step'})"
+    )
 
 
 def take_over(earlier: Earlier, trainable: Any, mesh: Mesh) -> Any:
@@ -81,7 +85,9 @@ def take_over(earlier: Earlier, trainable: Any, mesh: Mesh) -> Any:
     found = arrays.read_part(earlier.path, {name: _abstract(leaf, mesh) for name, leaf in own.items()})
     for name, digest in jax.device_get(digests(found)).items():
         if to_text(digest) != earlier.manifest.arrays[name]["digest"]:
-            raise LlmtuneError(f"{earlier.path}: {name} is not what was saved; give continue_from.step another checkpoint")
+            raise LlmtuneError(
+                f"{earlier.path}: {name} is not what was saved; give continue_from.step another checkpoint"
+            )
     return jax.tree.unflatten(jax.tree.structure(trainable), [found[name] for name in own])
 
 
@@ -95,7 +101,9 @@ def _require_fit(run: Run, directory: RunDirectory, base_digest: str) -> None:
     written = parse_yaml(directory.config.read_text(encoding="utf-8"), str(directory.config))
     there, here = flat(written), flat(plain(run))
     keys = [key for key in {**there, **here} if key.startswith(MUST_AGREE)]
-    differing = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys if there.get(key) != here.get(key)]
+    differing = [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys if there.get(key) != here.get(key)
+    ]
     if differing:
         raise LlmtuneConfigError(
             f"continue_from: {directory.path} has other weights that train ({'; '.join(differing[:5])}); give both the same, "

@@ -79,7 +79,9 @@ def train(
             )  # fmt: skip
             describe(display, run, source, vocabulary, data, program, state)
             if earlier is not None:
-                display.note(f"continuing from step {earlier.manifest.step} of {earlier.run}: its weights, at step 0 of this run")
+                display.note(
+                    f"continuing from step {earlier.manifest.step} of {earlier.run}: its weights, at step 0 of this run"
+                )
             wait_for_all("the directory is claimed")
             if is_first():
                 directory.begin(run, data.digest, source.digest)

@@ -96,7 +96,8 @@ def build_program(
 ) -> tuple[Program, TrainState]:
     """Read the weights, adapt them, and make the functions of a run of so many steps. To be called under the mesh.
 
-    `begin`: from the weights that train, as read, to those that training begins with. The state is not kept in the program: it is donated step by step, and a resumed run needs no second copy.
+    `begin`: from the weights that train, as read, to those that training begins with. The state is not kept in the program: it
+    is donated step by step, and a resumed run needs no second copy.
     """
     row_multiple(run, mesh, strategy)  # refuses before anything is read
     weights = prepare_weights(run, source, mesh, strategy, progress)

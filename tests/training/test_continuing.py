@@ -84,7 +84,9 @@ def test_a_step_that_is_not_there_or_not_whole_is_refused(first, tmp_path):
     asked = json.dumps({"run": str(first / "first"), "step": 5})
     with pytest.raises(LlmtuneConfigError, match=r"continue_from.step: .* has no checkpoint 5; it has \[8, 4\]"):
         train(following(first, tmp_path, "--continue_from", asked))
-    file = next(path for path in (first / "first/checkpoints/4").rglob("*") if path.is_file() and path.stat().st_size > 100)
+    file = next(
+        path for path in (first / "first/checkpoints/4").rglob("*") if path.is_file() and path.stat().st_size > 100
+    )
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     try:

@@ -291,4 +291,6 @@ def _prefixes(path: str) -> list[str]:
 
 def _is_branch(part: Any) -> bool:
     """Pydantic names the branch of a union in the location of an error."""
-    return isinstance(part, str) and (part in ("str", "DataSource", "Quantize", "Continuing") or part.startswith("list["))
+    return isinstance(part, str) and (
+        part in ("str", "DataSource", "Quantize", "Continuing") or part.startswith("list[")
+    )

@@ -13,6 +13,7 @@ types and impossible combinations are refused with the key's path, before anythi
      |- safeguards           config/safeguards.py
      |- tracking, export     config/tracking.py, config/export.py
      |- divergence           config/divergence.py
+     |- regularize, average, early_stopping       config/regularize.py
      `- sharding, evaluate
 """
 
@@ -30,6 +31,7 @@ from llmtune.config.key import key
 from llmtune.config.optimization import Train, check_train
 from llmtune.config.optimizers import OPTIMIZERS, AdamW, Optimizer
 from llmtune.config.quantize import Quantize, check_loftq, check_quantize
+from llmtune.config.regularize import Average, EarlyStopping, Regularize, check_regularize
 from llmtune.config.safeguards import Safeguards, check_safeguards
 from llmtune.config.tracking import Tracking, check_tracking
 from llmtune.errors import LlmtuneConfigError
@@ -77,6 +79,9 @@ class Run:
     checkpoint: Checkpoint = key("checkpoints", Checkpoint())
     safeguards: Safeguards = key("against hangs and lost processes", Safeguards())
     divergence: Divergence = key("bad steps", Divergence())
+    regularize: Regularize = key("against overfitting and forgetting", Regularize())
+    average: Average | None = key("a moving average of the weights; absent: none", None)
+    early_stopping: EarlyStopping | None = key("the end of a run that no longer gets better; absent: none", None)
     evaluate: Evaluate = key("evaluation", Evaluate())
     tracking: Tracking = key("tracking", Tracking())
     export: Export = key("export", Export())
@@ -96,6 +101,10 @@ def check(run: Run) -> None:
     run.optimizer.check(require)
     check_train(run.train, require)
     check_divergence(run.divergence, require)
+    check_regularize(run.regularize, run.average, run.early_stopping, require)
+    if run.early_stopping is not None and run.early_stopping.metric.startswith("eval_"):
+        measured = run.data.validation is not None and run.evaluate.every is not None
+        require(measured, "early_stopping.metric", "held-out figures need data.validation and evaluate.every")
     require(
         run.train.dtype != "float16" or run.divergence.non_finite == "skip",
         "divergence.non_finite",

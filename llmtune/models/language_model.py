@@ -79,6 +79,10 @@ class LanguageModel:
     def logits(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """float32 [batch, seq, vocab]: for evaluation of short rows; training goes through `token_log_probs`."""
         hidden, _ = self.hidden(tokens, positions, segment_ids)
+        return self.head_logits(hidden)
+
+    def head_logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [batch, seq, vocab] of hidden states."""
         return linear(hidden, self.decoder().head_weight(), ("batch", "seq", "act_vocab")).astype(jnp.float32)
 
 

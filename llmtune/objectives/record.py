@@ -38,6 +38,15 @@ class Model(Protocol):
         """(log-probability of each target, log-sum-exp of its logits, auxiliary losses), float32 [batch, seq]."""
         ...
 
+    def head_logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [batch, seq, vocab] of hidden states [batch, seq, hidden]: for pieces of rows, `head_chunk` tokens each."""
+        ...
+
+    @property
+    def head_chunk(self) -> int:
+        """How many tokens' logits should be held at a time."""
+        ...
+
     def logits(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """float32 [batch, seq, vocab]."""
         ...

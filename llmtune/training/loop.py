@@ -25,6 +25,7 @@ from llmtune.training.checkpoint.retention import Retention
 from llmtune.training.continuing import find_earlier, take_over
 from llmtune.training.display import Display, step_status
 from llmtune.training.divergence import BadSteps
+from llmtune.training.early_stopping import Plateau
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
@@ -102,7 +103,7 @@ def train(
                 after = measure("after", state, evaluator, display)
 
                 display.phase("exporting", total=None)
-                params = combine(program.evaluated(state), program.frozen)
+                params = combine(program.exported(state), program.frozen)
                 adapted = has_adapter(run.adapt)
                 with written_once(directory.export) as export:
                     exports = export_run(
@@ -137,6 +138,10 @@ def run_steps(
     """
     first = int(state.step)
     if first >= steps:
+        return state
+    earlier = evaluator.directory.metrics.rows() if first and run.early_stopping is not None else []
+    plateau = Plateau(run.early_stopping, (row for row in earlier if row["step"] <= first))
+    if plateau.is_reached:
         return state
     rows = data.source(run, steps, jax.process_index(), jax.process_count())
     batches = map(program.place, read_batches(rows, first))
@@ -174,15 +179,20 @@ def run_steps(
                 with watchdog.paused():
                     state = go_back(checkpoints, state, program)
             display.advance(1, step_status(row))
+            last = plateau.see(row, evaluated="eval_loss" in row) or number == steps
             stopping, failed = highest([stop.signal, checkpoints.has_failed()])
             with watchdog.paused():
-                if number == steps or stopping:
+                if last or stopping:
                     checkpoints.finish(number, state, row)
                 elif failed or number % run.checkpoint.every == 0:
                     checkpoints.save(number, state, row)
             if stopping:
                 raise Interrupted(stopping)
+            if last:
+                break
             meter.start()
+    if plateau.is_reached:
+        display.note(f"stopped early after step {int(state.step)}: {plateau.reason}")
     return state
 
 

@@ -24,11 +24,11 @@ from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
-from llmtune.optimizers import evaluated_weights, make_optimizer, make_schedule
+from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import Strategy, axis_size
 from llmtune.training.groups import rates_and_undecayed
 from llmtune.training.remat import POLICIES
-from llmtune.training.revisions import choose_revisions
+from llmtune.training.revisions import choose_objective, choose_perturbation, choose_revisions, choose_weights
 from llmtune.training.state import Revision, TrainState, init_state
 from llmtune.training.state_layout import with_split_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
@@ -44,6 +44,7 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 class Program:
     """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
 
+    `evaluated`, `exported`: a state -> those of its weights (that train) which are measured, and kept at the end.
     `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with;
     `work`: the FLOPs of a step.
     """
@@ -55,14 +56,11 @@ class Program:
     step: TrainStep
     held_out_step: EvalStep
     row_multiple: int
-    average: Callable[[Any, Any], Any]
+    evaluated: Callable[[TrainState], Any]
+    exported: Callable[[TrainState], Any]
     whole: tuple[str, ...]
     virtual_tokens: int
     work: Work
-
-    def evaluated(self, state: TrainState) -> Any:
-        """The weights (those that train) which are evaluated and exported: the state's own, or an average of them."""
-        return self.average(state.trainable, state.opt_state)
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
         """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
@@ -125,13 +123,14 @@ def assemble(
     config = bind(combine(weights.trainable, weights.frozen)).decoder().config
     training = functools.partial(bind, packed=run.data.packing)  # held-out rows are packed in nearly any run
     sources = len(sources_of(run.data.train))
-    objective = OBJECTIVES[run.objective]
+    objective = choose_objective(run, OBJECTIVES[run.objective])
     objective = functools.partial(objective, sources=sources) if sources > 1 else objective
     revisions = choose_revisions(run, schedule)
     train = run.train
     step = make_train_step(
-        training, objective, optimizer, schedule, strategy, train.microbatches, train.seed, revisions
-    )
+        training, objective, optimizer, schedule, strategy, train.microbatches, train.seed, revisions,
+        choose_perturbation(run), run.regularize.l2_start,
+    )  # fmt: skip
     program = Program(
         mesh,
         strategy,
@@ -140,7 +139,8 @@ def assemble(
         with_pairs(step, config),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
         row_multiple(run, mesh, strategy),
-        evaluated_weights(run.optimizer),
+        choose_weights(run, averaged=run.average is not None and run.average.evaluate),
+        choose_weights(run, averaged=run.average is not None and run.average.export),
         weights.whole,
         weights.virtual_tokens,
         model_work(config, weights.trainable, mesh.devices, adapted=has_adapter(run.adapt)),

@@ -1,23 +1,38 @@
 """What a run's sections add to its plain step, in the order in which a proposed step passes through.
 
-    train.dtype: float16    a loss scale
+    regularize.*_start      the weights at the start are kept
+    average                 and their average, before a step can be left out
     divergence              spikes are looked for, bad steps left out
+    train.dtype: float16    a loss scale
 
 A loss scale follows overflows that were left out, and so comes last.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
 from llmtune.config import Run
+from llmtune.objectives.record import Objective
+from llmtune.objectives.regularized import regularized_loss
+from llmtune.optimizers import evaluated_weights
+from llmtune.training.average import follow_average, remember_start
 from llmtune.training.guard import skip_bad_steps, watch_spikes
 from llmtune.training.loss_scale import scale_loss
 from llmtune.training.state import Metrics, Revision, TrainState
+from llmtune.weights import with_dropout_keys, with_noise
 
 
 def choose_revisions(run: Run, schedule: optax.Schedule) -> tuple[Revision, ...]:
     """The revisions of a run; none where it asks for nothing."""
     chosen, policy = [], run.divergence
+    if run.regularize.l2_start or run.regularize.kl_start:
+        chosen.append(remember_start())
+    if run.average is not None:
+        chosen.append(follow_average(run.average.decay))
     if policy.spikes != "off":
         chosen.append(watch_spikes(policy.window, policy.sigmas))
     if policy.non_finite == "skip":
@@ -25,6 +40,33 @@ def choose_revisions(run: Run, schedule: optax.Schedule) -> tuple[Revision, ...]
     if run.train.dtype == "float16":
         chosen.append(scale_loss(run.train.loss_scale, run.train.loss_scale_interval))
     return tuple(chosen)
+
+
+def choose_weights(run: Run, averaged: bool) -> Callable[[TrainState], Any]:
+    """Which weights of a state are evaluated or exported: its own, an optimizer's average, or the moving one if `averaged`."""
+    if averaged:
+        return lambda state: state.average
+    own = evaluated_weights(run.optimizer)
+    return lambda state: own(state.trainable, state.opt_state)
+
+
+def choose_objective(run: Run, plain: Objective) -> Objective:
+    """The objective with what `regularize` adds to the loss; the plain one where it adds nothing."""
+    terms = {name: getattr(run.regularize, name) for name in ("label_smoothing", "z_loss", "kl_start")}
+    return functools.partial(regularized_loss, **terms) if any(terms.values()) else plain
+
+
+def choose_perturbation(run: Run) -> Callable[[Any, jax.Array], Any]:
+    """What becomes of the weights for a step: dropout where they have any, and noise on the embeddings."""
+    alpha = run.regularize.neftune
+    if alpha is None:
+        return with_dropout_keys
+
+    def perturb(params: Any, key: jax.Array) -> Any:
+        noise = jax.random.fold_in(key, 1)  # dropout folds in the paths of weights
+        return with_noise(with_dropout_keys(params, key), noise, alpha)
+
+    return perturb
 
 
 def _spiked(state: TrainState, metrics: Metrics) -> jax.Array:

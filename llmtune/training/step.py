@@ -6,6 +6,7 @@ The loss is a sum over target tokens divided by their number over the whole glob
 loss, of weight and of gradient, and divide once at the end: uneven token counts change nothing.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
 from llmtune.sharding import Strategy, spec
+from llmtune.training.average import half_squared_distance
 from llmtune.training.loss_scale import scaled
 from llmtune.training.norms import norms_by_part
 from llmtune.training.state import Metrics, Revision, TrainState
@@ -37,24 +39,36 @@ def make_train_step(
     microbatches: int,
     seed: int = 0,
     revisions: Sequence[Revision] = (),
+    perturb: Callable[[Any, jax.Array], Any] = with_dropout_keys,
+    l2_start: float = 0.0,
 ) -> TrainStep:
     """Metrics, scalars: `loss`, `grad_norm` (before clipping; also by part), `learning_rate`, `tokens`, `target_tokens`.
 
-    `revisions` see what a step proposes, in their order, before it counts; without any the step is the plain one.
+    `revisions` see what a step proposes, in their order, before it counts; without any the step is the plain one. `perturb`: what
+    becomes of the weights for one step, by a key: dropout. Where the state keeps its start, the objective sees that model as
+    `reference`, and `l2_start` times half the squared distance from it is added to the mean loss.
 
     And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts. `tokens` are without padding. What
     dropout drops follows from (seed, step, microbatch, weight).
     """
 
-    def sums(trainable: Any, frozen: Any, key: jax.Array, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, weight, figures = objective(bind(with_dropout_keys(combine(trainable, frozen), key)), batch)
-        return loss, (weight, figures)
+    def sums(
+        start: Any, trainable: Any, frozen: Any, key: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        model = bind(perturb(combine(trainable, frozen), key))
+        if start is None:
+            loss, weight, figures = objective(model, batch)
+            return loss, (weight, figures)
+        loss, weight, figures = objective(with_reference(model, bind(combine(start, frozen))), batch)
+        distance = weight * half_squared_distance(trainable, start)  # divided by the weight of all, it counts once
+        return loss + l2_start * distance, (weight, {**figures, "l2_start": distance})
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with strategy.active():
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             scale = None if state.loss_scale is None else state.loss_scale.scale / batch["tokens"].size
-            gradient = jax.value_and_grad(sums if scale is None else scaled(sums, scale), has_aux=True)
+            own = functools.partial(sums, state.start)
+            gradient = jax.value_and_grad(own if scale is None else scaled(own, scale), has_aux=True)
             (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, key, batch)
             total = jnp.maximum(weight, 1.0)
             if scale is None:
@@ -78,6 +92,11 @@ def make_train_step(
         return proposed, metrics
 
     return step
+
+
+def with_reference(model: Any, reference: Any) -> Any:
+    """The record, with another to compare it with."""
+    return replace(model, reference=reference)
 
 
 def make_eval_step(bind: Bind, token_losses: TokenLosses, strategy: Strategy) -> EvalStep:

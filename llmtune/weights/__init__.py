@@ -16,6 +16,7 @@ from llmtune.weights.layers import join_shared, layer, map_stacked, split_shared
 from llmtune.weights.lora import LoRA
 from llmtune.weights.materialized import dense
 from llmtune.weights.nf4 import NF4
+from llmtune.weights.noisy import Noisy, with_noise
 from llmtune.weights.operator import Adapter, Node, Operator, is_operator, map_fields, without_dense
 from llmtune.weights.per_channel import Float8, Int8
 from llmtune.weights.quantized import Quantized, has_codes, on_another_base
@@ -51,6 +52,7 @@ __all__ = [
     "LoRA",
     "LowRankValues",
     "Node",
+    "Noisy",
     "Operator",
     "Parallel",
     "Prefix",
@@ -90,5 +92,6 @@ __all__ = [
     "unembed",
     "uniform",
     "with_dropout_keys",
+    "with_noise",
     "without_dense",
 ]

@@ -43,4 +43,4 @@ def remember_start() -> Revision:
 def half_squared_distance(trainable: Any, start: Any) -> jax.Array:
     """Of two trees: what L2-SP adds to the loss (Li et al. 2018, arXiv:1802.01483, equation 4)."""
     squares = jax.tree.map(lambda own, then: jnp.square(own - then).sum(), trainable, start)
-    return 0.5 * sum(jax.tree.leaves(squares))
+    return 0.5 * sum(jax.tree.leaves(squares), jnp.zeros(()))

@@ -16,7 +16,6 @@ import jax
 import optax
 
 from llmtune.config import Run
-from llmtune.objectives.record import Objective
 from llmtune.objectives.regularized import regularized_loss
 from llmtune.optimizers import evaluated_weights
 from llmtune.training.average import follow_average, remember_start
@@ -50,7 +49,7 @@ def choose_weights(run: Run, averaged: bool) -> Callable[[TrainState], Any]:
     return lambda state: own(state.trainable, state.opt_state)
 
 
-def choose_objective(run: Run, plain: Objective) -> Objective:
+def choose_objective(run: Run, plain: Callable[..., Any]) -> Callable[..., Any]:
     """The objective with what `regularize` adds to the loss; the plain one where it adds nothing."""
     terms = {name: getattr(run.regularize, name) for name in ("label_smoothing", "z_loss", "kl_start")}
     return functools.partial(regularized_loss, **terms) if any(terms.values()) else plain

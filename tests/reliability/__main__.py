@@ -8,7 +8,6 @@ python -m tests.reliability [--share S] [--rows A1,D2]
 import argparse
 import os
 import platform
-import re
 import signal
 import tempfile
 import time
@@ -58,6 +57,7 @@ def measures(forge, share):
         ("D1", lambda ground: corruption.across_meshes(ground.path, meshes)),
         ("D2", lambda ground: several.lose_one(forge, ground, 2 * LOST, steps=24)),
         ("D2", lambda ground: several.elastic(forge, ground, steps=51)),
+        ("D2", lambda ground: several.supervised(ground)),
         ("D3", lambda ground: hangs.hang(forge, ground)),
         ("E1", lambda ground: order.same_rows(50)),
         ("E2", lambda ground: order.same_curve(forge, ground, 100)),
@@ -87,32 +87,47 @@ def measure_all(share, wanted):
     return rows
 
 
-def table(rows, share):
-    said = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, jax {jax.__version__}"
-    size = "full size" if share == 1 else f"{share:g} of the full number of kills, mutations and steps"
-    lines = [
-        f"Measured {said}; {size}.",
+def lines_of(rows):
+    """A line of the table for each row, by its id and what happens."""
+    today, cores = f"{datetime.now(UTC):%Y-%m-%d}", os.cpu_count()
+    return {
+        (
+            row.id,
+            row.what,
+        ): f"| {row.id} | {row.what} | {row.figure.replace('|', '/')} | {'yes' if row.ok else '**no**'} | "
+        f"{seconds:.0f} s of {cores} cores, {today} |"
+        for row, seconds in rows
+    }
+
+
+def with_figures(page, rows):
+    """The page with these rows put into its table, in the place of what was measured before."""
+    before, rest = page.split(BEGIN)
+    body, after = rest.split(END)
+    found = {
+        tuple(part.strip() for part in line.split("|")[1:3]): line
+        for line in body.splitlines()
+        if line.startswith("| ")
+    }
+    found = {key: line for key, line in found.items() if key[0]} | lines_of(rows)
+    head = [
+        f"Python {platform.python_version()}, jax {jax.__version__}.",
         "",
-        "| | what happens | figure | reached | seconds |",
-        "|---|---|---|---|---|",
+        "| | what happens | figure | reached | took |",
     ]
-    for row, seconds in rows:
-        reached = "yes" if row.ok else "**no**"
-        lines.append(f"| {row.id} | {row.what} | {row.figure.replace('|', '/')} | {reached} | {seconds:.0f} |")
-    return "\n".join(lines)
+    table = [*head, "|---|---|---|---|---|", *(found[key] for key in sorted(found))]
+    return "\n".join([before + BEGIN, *table, END + after])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0)
-    parser.add_argument("--rows", default="", help="ids, with commas; default all. The page is written for all only")
+    parser.add_argument(
+        "--rows", default="", help="ids, with commas; default all. Other rows of the page stay as they are"
+    )
     options = parser.parse_args()
-    wanted = {name for name in options.rows.split(",") if name}
-    rows = measure_all(options.share, wanted)
-    if not wanted:
-        page = PAGE.read_text(encoding="utf-8")
-        body = f"{BEGIN}\n{table(rows, options.share)}\n{END}"
-        PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: body, page, flags=re.S), encoding="utf-8")
+    rows = measure_all(options.share, {name for name in options.rows.split(",") if name})
+    PAGE.write_text(with_figures(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     return 0 if all(row.ok for row, _ in rows) else 1
 
 

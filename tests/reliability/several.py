@@ -1,12 +1,19 @@
 """D: several processes of one run: one is killed, stopped, or asked to stop; another number of them goes on."""
 
+import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 from llmtune import exit_codes
+from tests.conftest import ROOT
+from tests.reliability.forge import ENVIRONMENT
 from tests.reliability.kills import LEAVE
 from tests.reliability.tiny import Row, curve, newest, rows_of, state_hash
 
@@ -91,3 +98,42 @@ def elastic(forge, ground, layout=(2, 1, 2), steps=18):
     worst = float(np.max(np.abs(parts - whole) / np.abs(whole))) if whole.shape == parts.shape else float("inf")
     figure = f"{' -> '.join(map(str, layout))} processes over {steps} steps: largest relative difference {worst:.1e}"
     return Row("D2", "another number of processes", figure, worst <= 1e-5)
+
+
+def supervised(ground, kills=(1, 0, 1), steps=40):
+    """D2: `--supervise --processes 2`; each of these processes in turn is killed, in the middle of its part of the run."""
+    whole, directory = ground.path / "s-whole", ground.path / "s"
+    command = [sys.executable, "-m", "llmtune.cli", "train"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    flags = ["--supervise", "--processes", "2"]
+    reference = [*command, str(ground.config("s-whole", steps=steps, every=5)), *flags]
+    assert subprocess.run(reference, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    started = [*command, str(ground.config("s", steps=steps, every=5)), *flags]
+    parent = subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for number, index in enumerate(kills, 1):
+        while len(rows_of(directory)) < number * steps // (len(kills) + 1):
+            time.sleep(0.005)
+        os.kill(children(parent.pid)[index], signal.SIGKILL)
+        while index in children(parent.pid) and len(children(parent.pid)) == 2:
+            time.sleep(0.005)
+        time.sleep(1.0)
+    said, _ = parent.communicate()
+    same = (curve(directory), state_hash(directory)) == (curve(whole), state_hash(whole))
+    found = json.loads((directory / "run.json").read_text())["supervised"]
+    killed = ", ".join("worker" if index else "coordinator" for index in kills)
+    figure = (
+        f"{found['restarts']} restarts after kills of {killed}: curve and state {'bit-identical' if same else 'OTHERS'}; "
+        f"goodput {found['goodput']:.1%} printed"
+    )
+    ok = parent.returncode == 0 and same and found["restarts"] == len(kills) and "goodput: " in said
+    return Row("D2", "supervised run of 2 processes", figure, ok)
+
+
+def children(parent):
+    """The processes of a run that a supervisor started and that still live, by their index."""
+    found = {}
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if "--process" in words:
+            found[int(words[words.index("--process") + 1])] = int(pid)
+    return found

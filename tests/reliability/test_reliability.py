@@ -77,6 +77,11 @@ def test_processes(forge, ground):
     check(several.elastic(forge, ground))
 
 
+@pytest.mark.nightly
+def test_a_supervised_run_of_two_processes(ground):
+    check(several.supervised(ground))
+
+
 def test_hangs(forge, ground):
     check(hangs.hang(forge, ground, places={"read": hangs.PLACES["read"]}))
 

@@ -5,8 +5,8 @@
 
 Both sides are the program that `llmtune train` runs, and both fetch the loss of each step. The other side also makes the row,
 writes it to metrics.jsonl and TensorBoard, digests and saves the state at its first step, and has it committed before its last
-is over: what a save does behind the steps is in their time. Beside the ratio of seconds stands that of CPU seconds, of all threads:
-on a machine that others use too it is the steadier one, and the upper one where steps run on an accelerator.
+is over: what a save does behind the steps is in their time. Beside the ratio of seconds stands that of the CPU seconds
+of all threads, the steadier one on a machine that others use too.
 """
 
 import argparse

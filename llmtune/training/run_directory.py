@@ -173,8 +173,8 @@ def claim(run: Run, data_digest: str, base_digest: str) -> RunDirectory:
         ):
             if path.exists() and path.read_text(encoding="utf-8").strip() != digest:
                 raise LlmtuneConfigError(
-                    f"output: {directory.path} was begun with {what} changed since); "
-                    "choose another directory, or restore the files"
+                    f"output: {directory.path} was begun with {what} changed since); restore the files, or "
+                    + _on_purpose(directory, fits=path == directory.data)
                 )
         return directory
     if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
@@ -196,5 +196,18 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
         shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise LlmtuneConfigError(
-            f"output: {directory.path} holds another run ({shown}{more}); choose another directory, or the same configuration"
+            f"output: {directory.path} holds another run ({shown}{more}); give the same configuration, or "
+            + _on_purpose(
+                directory, fits=not any(key.split(".")[0] in ("model", "adapt", "quantize") for key in differing)
+            )
         )
+
+
+def _on_purpose(directory: RunDirectory, fits: bool) -> str:
+    """How to build on a run with something else changed; `fits`: whether its weights are those of the other run."""
+    if fits:
+        return f"choose another output: with continue_from: {directory.path} it begins with this run's weights"
+    merged = directory.export / "model"
+    return "choose another output" + (
+        f": with model: {merged} it begins with what this run has learnt" if merged.is_dir() else ""
+    )

@@ -75,7 +75,11 @@ def test_another_configuration_is_refused_with_what_differs(stories, data, tmp_p
     run = small_run(tmp_path, stories, data)
     train_until(run, 5)
     other = small_run(tmp_path, stories, data, train={"steps": 13, "batch_size": 4})
-    with pytest.raises(LlmtuneError, match=r"holds another run \(train.steps: 12 there, 13 here"):
+    with pytest.raises(LlmtuneError, match=r"holds another run \(train.steps: 12 there, 13 here") as refused:
+        llmtune.train(other)
+    assert str(refused.value).endswith(f"with continue_from: {tmp_path / 'run'} it begins with this run's weights")
+    other = small_run(tmp_path, stories, data, adapt={"rank": 4})
+    with pytest.raises(LlmtuneError, match=r"adapt.rank: None there, 4 here.*or choose another output$"):
         llmtune.train(other)
 
 

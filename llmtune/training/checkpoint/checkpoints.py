@@ -91,8 +91,9 @@ class Checkpoints:
         found = -1
         if is_first():
             for step in steps.steps_on_disk(self.directory):
+                check = steps.verify_step if found < 0 else steps.read_step  # of the older ones the figures are enough
                 try:
-                    self._figures[step] = self._belongs(steps.verify_step(self.directory / str(step))).figures
+                    self._figures[step] = self._belongs(check(self.directory / str(step))).figures
                 except DamagedError as error:
                     self._set_aside(step, str(error), reasons)
                     continue

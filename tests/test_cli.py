@@ -175,8 +175,9 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(refusal, write
     before = (output / "config.yaml").read_bytes()
     said = refusal("train", write_run(train={"steps": 2, "batch_size": 8}))
     assert said.startswith(
-        f"output: {output} holds another run (train.steps: 3 there, 2 here); choose another directory"
+        f"output: {output} holds another run (train.steps: 3 there, 2 here); give the same configuration"
     )
+    assert said.endswith(f"or choose another output: with continue_from: {output} it begins with this run's weights")
     assert os.listdir(output) == ["config.yaml"] and (output / "config.yaml").read_bytes() == before
 
 

@@ -55,11 +55,12 @@ def _plan(options: argparse.Namespace) -> int:
     from llmtune.config.file import load_run
     from llmtune.planning.ahead import assign_step, compile_step
     from llmtune.planning.cache import cached
+    from llmtune.planning.candidates import rank
     from llmtune.planning.mend import mend
     from llmtune.planning.plan import plan_run
     from llmtune.planning.record import write_json
     from llmtune.planning.report import write_page
-    from llmtune.planning.search import rank, search, write_layout
+    from llmtune.planning.search import search, write_layout
     from llmtune.planning.text import print_plans, verdict
     from llmtune.planning.topology import parse_topology
 

@@ -92,16 +92,31 @@ class Layout:
         return dataclasses.replace(self, run=with_train(self.run, **train))
 
 
+class TorusError(LlmtuneConfigError):
+    """A mesh whose axes do not lie along whole sides of the torus."""
+
+
+def refuse_idle_experts(source: pretrained.Source, mesh: Mesh, strategy: Strategy) -> None:
+    """A dense model has nothing to spread over an axis for experts."""
+    if source.config.experts is None and mesh.shape.get("expert", 1) > 1:
+        raise LlmtuneConfigError(
+            f"sharding.strategy: {strategy.name} spreads experts over {mesh.shape['expert']} devices, and {source.name} has "
+            "none; take fsdp_tensor, which splits heads and the MLP"
+        )
+
+
 def lay_out(run: Run, source: pretrained.Source, topology: Topology, placed: Sequence[Any]) -> Layout:
     """The run over these devices. Raises what is wrong with its layout, from shapes alone."""
     try:
         mesh, strategy = choose_layout(run.sharding, declare_base(run, source.config)[1], placed)
     except NotImplementedError as error:  # of mesh_utils: sizes that are not products of the torus's sides
-        sizes = describe_mesh(run.sharding.mesh if run.sharding else {})
-        raise LlmtuneConfigError(
-            f"sharding.mesh: {sizes} cannot be laid onto the torus of {topology.name}; give each axis the product of some of its "
-            "sides"
+        sizes = dict(run.sharding.mesh) if run.sharding and run.sharding.mesh else "the default mesh"
+        sides = " x ".join(map(str, topology.shape))
+        raise TorusError(
+            f"sharding.mesh: {sizes} cannot be laid onto the torus of {topology.name}, {sides}; name sizes that are each the "
+            "product of some of its sides"
         ) from error
+    refuse_idle_experts(source, mesh, strategy)
     used = {str(axis): size for axis, size in mesh.shape.items() if size > 1}
     named = dataclasses.replace(run, sharding=Sharding("fsdp" if run.sharding is None else run.sharding.strategy, used))
     with jax.set_mesh(mesh):

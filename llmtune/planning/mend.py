@@ -12,9 +12,9 @@ from llmtune import pretrained
 from llmtune.config import Run
 from llmtune.config.quantize import Quantize
 from llmtune.errors import LlmtuneConfigError
-from llmtune.planning.layout import Layout, lay_out, with_strategy, with_train
+from llmtune.planning.candidates import MICROBATCHES, ROOM, best_mesh
+from llmtune.planning.layout import Layout, describe_mesh, lay_out, with_train
 from llmtune.planning.plan import Compile, Note, Plan, plan_layout
-from llmtune.planning.search import MICROBATCHES, ROOM, layouts_of
 from llmtune.planning.topology import Topology, devices, larger
 from llmtune.sharding import ShardingError
 from llmtune.shipped import configs_directory
@@ -54,21 +54,20 @@ def changes(layout: Layout) -> Iterator[tuple[str, Layout]]:
     for path in sorted((configs_directory() / "strategies").glob("*.yaml")):
         if path.stem == layout.strategy.name:
             continue
-        own = _laid_out(with_strategy(run, path.stem), source, topology, placed)
+        own = best_mesh(run, source, topology, placed, path.stem)
         if own is not None:
-            yield f"sharding.strategy {path.stem}", own
-            yield from _within(own, f"sharding.strategy {path.stem}, ")
+            said = f"sharding.strategy {path.stem}, sharding.mesh {describe_mesh(own.sizes)}"
+            yield said, own
+            yield from _within(own, f"{said}, ")
     if run.adapt is not None and run.quantize is None:
         own = _laid_out(dataclasses.replace(run, quantize=Quantize(base="nf4")), source, topology, placed)
         if own is not None:
             yield "quantize.base nf4", own
             yield from _within(own, "quantize.base nf4, ")
     for bigger in larger(topology):
-        name = layout.strategy.name
-        for own in layouts_of(run, source, bigger, devices(bigger), name):
-            if own.run.train.remat == run.train.remat and own.run.train.microbatches == run.train.microbatches:
-                yield f"--topology {bigger.name}", own
-                break
+        own = best_mesh(run, source, bigger, devices(bigger), layout.strategy.name)
+        if own is not None:
+            yield f"--topology {bigger.name}", own
 
 
 def _within(layout: Layout, before: str) -> Iterator[tuple[str, Layout]]:

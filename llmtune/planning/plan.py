@@ -8,12 +8,14 @@ Nothing is read but configurations: no weights, no tokenizer unless the run adds
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from llmtune import pretrained
 from llmtune.config import Run
 from llmtune.planning.ahead import Compiled
+from llmtune.planning.candidates import best_mesh
 from llmtune.planning.collectives import Collective
-from llmtune.planning.layout import Layout, describe_mesh, lay_out, with_strategy
+from llmtune.planning.layout import Layout, TorusError, describe_mesh, lay_out, with_strategy
 from llmtune.planning.roofline import Roofline
 from llmtune.planning.topology import Topology, devices
 from llmtune.training.vocabulary import settle_vocabulary
@@ -83,9 +85,22 @@ def plan_run(
     """A plan for each strategy (none named: the run's own). What cannot be laid out is refused before anything compiles."""
     source, _ = settle_vocabulary(run, pretrained.open_source(run.model))
     placed = devices(topology)
-    runs = [with_strategy(run, name) for name in strategies] or [run]
-    layouts = [lay_out(own, source, topology, placed) for own in runs]
+    layouts = [lay_out_strategy(run, source, topology, placed, name) for name in strategies]
+    layouts = layouts or [lay_out(run, source, topology, placed)]
     return [plan_layout(layout, compile_layout, note) for layout in layouts]
+
+
+def lay_out_strategy(
+    run: Run, source: pretrained.Source, topology: Topology, placed: Sequence[Any], name: str
+) -> Layout:
+    """Under a strategy other than the run's own: on the mesh that promises most, where the default one does not fit the torus."""
+    try:
+        return lay_out(with_strategy(run, name), source, topology, placed)
+    except TorusError:
+        best = best_mesh(run, source, topology, placed, name)
+        if best is None:
+            raise
+        return best
 
 
 def plan_layout(layout: Layout, compile_layout: Compile, note: Note) -> Plan:

@@ -81,6 +81,16 @@ def write(tmp_path, starter, more=""):
             "sharding: {strategy: fsdp, mesh: {fsdp: 3}}",
             "does not multiply to the 4 devices",
         ),
+        (
+            ["--topology", "v5e:2x2", "--strategies", "expert"],
+            "",
+            "spreads experts over 2 devices, and",
+        ),
+        (
+            ["--topology", "v6e:8x8"],
+            "train: {batch_size: 64}\nsharding: {strategy: fsdp_tensor, mesh: {fsdp: 32, tensor: 2}}",
+            "cannot be laid onto the torus of v6e:8x8, 8 x 8; name sizes",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_anything_compiles(tmp_path, starter, capsys, monkeypatch, arguments, more, said):

@@ -12,13 +12,14 @@ from llmtune.config.file import build_run, load_run
 from llmtune.errors import LlmtuneConfigError
 from llmtune.planning.ahead import Compiled, assign_step
 from llmtune.planning.cache import cached, digest
+from llmtune.planning.candidates import meshes
 from llmtune.planning.collectives import Collective
 from llmtune.planning.layout import lay_out
 from llmtune.planning.mend import changes, mend
-from llmtune.planning.plan import Plan
+from llmtune.planning.plan import Plan, plan_run
 from llmtune.planning.record import record
 from llmtune.planning.report import page
-from llmtune.planning.search import meshes, search, write_layout
+from llmtune.planning.search import search, write_layout
 from llmtune.planning.topology import devices, parse_topology
 
 pytest.importorskip("libtpu")
@@ -52,6 +53,16 @@ def test_search_ends_with_a_configuration_that_train_reads(starter, tmp_path):
     write_layout(best, tmp_path / "planned.yaml")
     run = load_run(tmp_path / "planned.yaml")
     assert run == best.layout.run and run.sharding.mesh == {"fsdp": 4}
+
+
+@pytest.mark.nightly
+def test_search_finds_a_layout_of_70b_that_is_no_slower_than_those_by_hand():
+    run, topology = run_of("llama3.1-70b", rows=64, length=8192), parse_topology("v5p-128")
+    found = search(run, topology, [], assign_step, lambda line: None)
+    by_hand = plan_run(run, topology, ["fsdp", "fsdp_tensor", "sequence", "context"], assign_step, lambda line: None)
+    best = min(plan.times.overlapped for plan in by_hand if plan.fits)
+    assert found[0].fits and found[0].times.overlapped <= best
+    assert found[0].needed == pytest.approx(found[0].layout.memory.total, rel=0.1)
 
 
 def test_search_says_what_comes_nearest_where_nothing_fits(starter):

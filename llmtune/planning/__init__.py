@@ -1,10 +1,10 @@
 """What a run would take on devices that are not here: its train step, compiled ahead of time and read.
 
-topology     names of slices and hosts -> devices that nobody has to own
-ahead        the very train step of a run, compiled for them
-collectives  what the compiled program exchanges, by kind and mesh axis
-costs        FLOPs and bytes in closed form
-memory       bytes per device in closed form, for search and where there is no compiler
-roofline     the time that each part takes at the chip's published rates
-plan         all of it, as a story
+    topology     names of slices and hosts -> devices that nobody has to own
+    abstract     a run's weights, state and batch as shapes; layout: on one mesh, under one strategy
+    costs, memory, traffic, roofline     FLOPs, bytes, exchanges and least time, in closed form
+    ahead        the very train step, given to the compiler; hlo, collectives: what its program exchanges; cache: kept
+    plan         all of it, as a story
+    candidates, search, mend    the layouts that there are, the best of them, the nearest change that fits
+    text, record, report        a table, data, a page
 """

@@ -100,7 +100,8 @@ def _train(options: argparse.Namespace) -> int:
         sys.unraisablehook = _print_unraisable
         alone = options.processes is None or processes == 1
         place = Place(options.coordinator, processes, options.process)
-        with contextlib.nullcontext() if alone else join(place, run.safeguards.heartbeat_seconds):
+        guards = run.safeguards
+        with contextlib.nullcontext() if alone else join(place, guards.heartbeat_seconds, guards.join_seconds):
             train(run, stop=stop, profile=profile)
     return exit_codes.DONE
 
@@ -138,6 +139,9 @@ def _processes(options: argparse.Namespace) -> int | None:
             )
         if not 0 <= options.process < count:
             raise LlmtuneConfigError(f"--process: {options.process} must lie in 0..{count - 1}")
+        host, _, port = options.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise LlmtuneConfigError(f"--coordinator: {options.coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476")
     return count
 
 

@@ -323,6 +323,7 @@ def test_a_reader_who_has_read_enough_is_no_error():
         (["--processes", "two"], "'two' is no number of processes"),
         (["--processes", "2"], "--processes N needs --process I and --coordinator HOST:PORT"),
         (["--processes", "2", "--process", "2", "--coordinator", "localhost:1"], "--process: 2 must lie in 0..1"),
+        (["--processes", "2", "--process", "1", "--coordinator", "localhost"], "'localhost' is not HOST:PORT"),
         (["--process", "0"], "belong to --processes N"),
         (["--supervise", "--processes", "auto"], "give their number, not auto"),
         (["--supervise", "--processes", "2", "--process", "0"], "--supervise chooses --process"),

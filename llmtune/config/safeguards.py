@@ -18,10 +18,13 @@ class Safeguards:
     heartbeat_seconds: float = key(
         "without a sign of life from another process for so long, a run of several ends with code 75", 10.0
     )
+    join_seconds: float = key(
+        "where the processes of a run are not all there within so long, each says what to check and ends with code 75", 300.0
+    )
 
 
 def check_safeguards(safeguards: Safeguards, require: Callable[[bool, str, str], None]) -> None:
     """Raises LlmtuneConfigError naming the key."""
-    for name in ("hang_seconds", "heartbeat_seconds"):
+    for name in ("hang_seconds", "heartbeat_seconds", "join_seconds"):
         value = getattr(safeguards, name)
         require(value is None or value > 0, f"safeguards.{name}", f"{value} must be positive")

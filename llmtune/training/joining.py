@@ -1,19 +1,23 @@
 """A process takes its place among those of a run, before anything is computed.
 
-Place(None, None, None): found out from the surroundings (TPU pods, Slurm, Open MPI, Kubernetes: what jax.distributed knows).
+Place(None, None, None): found out from the surroundings (TPU pods, also of several slices and under GKE; Slurm, Open MPI,
+Kubernetes: what jax.distributed knows).
 """
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llmtune import exit_codes
 from llmtune.errors import LlmtuneConfigError
 from llmtune.training.heartbeat import Heartbeat
 from llmtune.training.supervisor import PARENT
@@ -28,18 +32,67 @@ class Place:
     index: int | None = None
 
 
-def join(place: Place, heartbeat_seconds: float) -> Heartbeat:
-    """Wait for all processes, and begin to watch over each other. Raises LlmtuneConfigError where there is nothing to join."""
+def join(place: Place, heartbeat_seconds: float, join_seconds: float) -> Heartbeat:
+    """Wait for all processes, and begin to watch over each other. Raises LlmtuneConfigError where there is nothing to join.
+
+    Where they are not all there within `join_seconds`, a line says what to check, and the process ends with code 75.
+    """
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would stand in the way of our own
+    told = None not in (place.coordinator, place.processes, place.index)
     try:
-        jax.distributed.initialize(
-            place.coordinator, place.processes, place.index, heartbeat_timeout_seconds=int(3 * heartbeat_seconds) + 10
-        )
-    except ValueError as error:
+        with _deadline(place, join_seconds):
+            jax.distributed.initialize(
+                place.coordinator,
+                place.processes,
+                place.index,
+                # Under Slurm it would else take one device for each process, also where a process was given a whole node.
+                cluster_detection_method="deactivate" if told else None,
+                initialization_timeout=int(2 * join_seconds) + 60,
+                heartbeat_timeout_seconds=int(3 * heartbeat_seconds) + 10,
+            )
+    except (ValueError, RuntimeError) as error:
         raise LlmtuneConfigError(
             f"--processes auto: no pod and no cluster was found ({error}); give --coordinator, --processes and --process"
         ) from None
     return Heartbeat(_host(place), heartbeat_seconds)
+
+
+@contextlib.contextmanager
+def _deadline(place: Place, seconds: float) -> Iterator[None]:
+    """What is inside ends within `seconds`, or the process does: JAX's own end of patience is SIGABRT and a stack trace."""
+
+    def end() -> None:
+        os.write(2, f"llmtune: error: {_absent(place, seconds)}\n".encode())
+        os._exit(exit_codes.RETRY)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _absent(place: Place, seconds: float) -> str:
+    """Who is missing, and what to check."""
+    waited = f"after {seconds:g} s (safeguards.join_seconds)"
+    started = "was every process started, with the same configuration"
+    if place.coordinator is None:
+        return f"the processes of this run are not all there {waited}; {started}, and does a firewall stand between them?"
+    if place.index == 0:
+        return f"not all of the {place.processes} processes have come to {place.coordinator} {waited}; {started}?"
+    host, _, port = place.coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except socket.gaierror:
+        return f"no machine is called {host} here {waited}; is --coordinator right?"
+    except OSError as error:
+        return (
+            f"process 0 at {place.coordinator} cannot be reached {waited}: {error.strerror or error}; was it started, is the "
+            "port free there, and does a firewall stand between?"
+        )
+    return f"process 0 at {place.coordinator} answers, but not all of the {place.processes} processes are there {waited}; {started}?"
 
 
 def _host(place: Place) -> str:

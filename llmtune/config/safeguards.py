@@ -19,7 +19,8 @@ class Safeguards:
         "without a sign of life from another process for so long, a run of several ends with code 75", 10.0
     )
     join_seconds: float = key(
-        "where the processes of a run are not all there within so long, each says what to check and ends with code 75", 300.0
+        "where the processes of a run are not all there within so long, each says what to check and ends with code 75",
+        300.0,
     )
 
 

@@ -7,7 +7,7 @@ positions     index within the document
 source_ids    of a mixture of several sources: which one a token is of, 0 on padding too
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grain
@@ -22,7 +22,7 @@ HostBatch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Random access by step; host `process` of `processes` gets its slice of each global batch."""
+    """Random access by step; a host gets its `share` of each global batch: these of its rows (None: all)."""
 
     dataset: Dataset
     batch_size: int
@@ -31,17 +31,15 @@ class BatchSource:
     packing: bool
     shuffle: bool
     steps: int
-    process: int = 0
-    processes: int = 1
+    share: Sequence[int] | None = None
     plans: dict[int, Plan] = field(default_factory=dict)  # by epoch, as they are needed
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> HostBatch:
-        share = self.batch_size // self.processes
-        first = index * self.batch_size + self.process * share
-        return assemble([self._row(first + k) for k in range(share)], self.dataset, self.sequence_length)
+        first, share = index * self.batch_size, range(self.batch_size) if self.share is None else self.share
+        return assemble([self._row(first + k) for k in share], self.dataset, self.sequence_length)
 
     def _row(self, index: int) -> np.ndarray:
         """The examples of global row `index`; epochs follow each other without a gap."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,8 +44,8 @@ class RunData:
         """Of the training sources, in short, each another."""
         return short_names([source.path for source in self.sources if source.key == "data.train"])
 
-    def source(self, run: Run, steps: int, process: int = 0, processes: int = 1) -> BatchSource:
-        """The run's training batches."""
+    def source(self, run: Run, steps: int, share: Sequence[int] | None = None) -> BatchSource:
+        """The run's training batches, of each global batch the rows of `share`; None: all."""
         return BatchSource(
             self.train,
             run.train.batch_size,
@@ -53,8 +54,7 @@ class RunData:
             run.data.packing,
             run.data.shuffle,
             steps,
-            process,
-            processes,
+            share,
         )
 
     def steps(self, run: Run) -> int:

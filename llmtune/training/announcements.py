@@ -57,7 +57,7 @@ def describe(
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")
     rows = run.train.batch_size
-    extra = -rows % (program.row_multiple * jax.process_count())
+    extra = -rows % program.row_multiple
     if extra:
         display.note(
             f"note: {extra} empty rows are added to each batch of {rows} to spread it evenly; "

@@ -9,7 +9,7 @@ from llmtune.config import Run
 from llmtune.data import RunData, evaluation_batches
 from llmtune.evaluation.perplexity import HeldOut, held_out_loss
 from llmtune.models.config import ModelConfig
-from llmtune.training.processes import is_first, own_rows
+from llmtune.training.processes import is_first
 from llmtune.training.program import Program
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.samples import sample
@@ -39,7 +39,7 @@ class Evaluator:
             packing=not self.program.virtual_tokens,
         )
         documents = max(int(batch["segment_ids"].max()) for batch in batches)
-        share = own_rows(self.run.train.batch_size)
+        share = self.program.own_rows
         placed = (self.program.place({name: rows[share] for name, rows in batch.items()}) for batch in batches)
         return held_out_loss(
             self.program.held_out_step, self.program.evaluated(state), self.program.frozen, placed, documents

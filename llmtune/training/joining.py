@@ -79,7 +79,9 @@ def _absent(place: Place, seconds: float) -> str:
     waited = f"after {seconds:g} s (safeguards.join_seconds)"
     started = "was every process started, with the same configuration"
     if place.coordinator is None:
-        return f"the processes of this run are not all there {waited}; {started}, and does a firewall stand between them?"
+        return (
+            f"the processes of this run are not all there {waited}; {started}, and does a firewall stand between them?"
+        )
     if place.index == 0:
         return f"not all of the {place.processes} processes have come to {place.coordinator} {waited}; {started}?"
     host, _, port = place.coordinator.rpartition(":")
@@ -92,7 +94,7 @@ def _absent(place: Place, seconds: float) -> str:
             f"process 0 at {place.coordinator} cannot be reached {waited}: {error.strerror or error}; was it started, is the "
             "port free there, and does a firewall stand between?"
         )
-    return f"process 0 at {place.coordinator} answers, but not all of the {place.processes} processes are there {waited}; {started}?"
+    return f"process 0 at {place.coordinator} answers, but not all {place.processes} processes are there {waited}; {started}?"
 
 
 def _host(place: Place) -> str:

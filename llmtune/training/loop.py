@@ -143,7 +143,7 @@ def run_steps(
     plateau = Plateau(run.early_stopping, (row for row in earlier if row["step"] <= first))
     if plateau.is_reached:
         return state
-    rows = data.source(run, steps, jax.process_index(), jax.process_count())
+    rows = data.source(run, steps, program.own_rows.tolist())
     batches = map(program.place, read_batches(rows, first))
 
     def position(step: int) -> dict[str, Any]:

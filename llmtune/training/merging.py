@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llmtune import pretrained
 from llmtune.config import Run
@@ -25,7 +24,7 @@ from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.training.display import Display
 from llmtune.training.files import write_whole
-from llmtune.training.processes import is_first, own_rows
+from llmtune.training.processes import is_first
 from llmtune.training.program import Program
 
 LENGTH = 128  # tokens of a row that are compared
@@ -70,7 +69,7 @@ def _moved(run: Run, params: Any, program: Program, data: RunData, model: Path) 
         return None
     graphdef, declared = declare(source.config)
     merged = pretrained.load(source, declared, program.mesh, program.strategy, dtype=None)
-    rows = program.place(_rows(run, data))
+    rows = program.place(_rows(run, program, data))
 
     @jax.jit
     def compare(trained: Any, merged: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -104,12 +103,11 @@ def _log_probabilities(model: LanguageModel, batch: dict[str, jax.Array]) -> jax
     return jax.nn.log_softmax(exact.logits(batch["tokens"], batch["positions"], batch["segment_ids"]))
 
 
-def _rows(run: Run, data: RunData) -> HostBatch:
+def _rows(run: Run, program: Program, data: RunData) -> HostBatch:
     """One batch of this process's rows, cut to `LENGTH`."""
     dataset = data.train if data.validation is None else data.validation
     batch = evaluation_batches(dataset, run.train.batch_size, run.data.sequence_length, 1)[0]
-    share = own_rows(run.train.batch_size)
-    return {name: np.ascontiguousarray(rows[share, :LENGTH]) for name, rows in batch.items()}
+    return {name: rows[program.own_rows, :LENGTH] for name, rows in batch.items()}
 
 
 def _fits(nbytes: int, program: Program) -> bool:

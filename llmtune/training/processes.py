@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 
 def is_first() -> bool:
@@ -44,7 +45,10 @@ def written_once(directory: Path) -> Iterator[Path]:
             yield Path(scratch)
 
 
-def own_rows(rows: int) -> slice:
-    """This process's share of the rows of a global batch, which its processes divide."""
-    share = rows // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def held_rows(layout: NamedSharding, rows: int) -> np.ndarray:
+    """Which of so many rows, laid out like this, the devices of this process hold: ascending, each once.
+
+    Processes hold the same rows where it is something else that they divide (heads, experts, the sequence).
+    """
+    held = layout.addressable_devices_indices_map((rows,)).values()
+    return np.unique([row for index in held for row in range(*index[0].indices(rows))])

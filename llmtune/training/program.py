@@ -27,6 +27,7 @@ from llmtune.objectives.language_modeling import next_token_loss, next_token_los
 from llmtune.optimizers import make_optimizer, make_schedule
 from llmtune.sharding import Strategy, axis_size
 from llmtune.training.groups import rates_and_undecayed
+from llmtune.training.processes import held_rows
 from llmtune.training.remat import POLICIES
 from llmtune.training.revisions import choose_objective, choose_perturbation, choose_revisions, choose_weights
 from llmtune.training.state import Revision, TrainState, init_state
@@ -44,7 +45,11 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 class Program:
     """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
 
+<<<<<<< HEAD
     `evaluated`, `exported`: a state -> those of its weights (that train) which are measured, and kept at the end.
+=======
+    `batch_size`: rows of a global batch, which empty ones fill up to a multiple of `row_multiple`;
+>>>>>>> a762628 (Each process reads the rows that its devices hold; tests of two processes against one)
     `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with;
     `work`: the FLOPs of a step.
     """
@@ -55,6 +60,7 @@ class Program:
     frozen: Any
     step: TrainStep
     held_out_step: EvalStep
+    batch_size: int
     row_multiple: int
     evaluated: Callable[[TrainState], Any]
     exported: Callable[[TrainState], Any]
@@ -63,11 +69,31 @@ class Program:
     work: Work
 
     def place(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """This process's rows of a global batch, filled up with empty rows where they do not divide, onto the mesh."""
+        """A global batch onto the mesh, of which `batch` has `own_rows`; it is filled up with empty rows."""
         layout = NamedSharding(self.mesh, self.strategy.spec("batch", "seq"))
-        extra = -len(batch["tokens"]) % self.row_multiple
-        filled = {name: np.pad(rows, ((0, extra), (0, 0))) for name, rows in batch.items()}  # segment 0: seen by nobody
-        return {name: jax.make_array_from_process_local_data(layout, rows) for name, rows in filled.items()}
+        held = self._held_rows
+        position = np.zeros(self._rows, np.intp)
+        position[held] = np.arange(len(held))
+
+        def placed(rows: np.ndarray) -> jax.Array:
+            filled = np.pad(rows, ((0, len(held) - len(rows)), (0, 0)))  # segment 0: seen by nobody
+            shape = (self._rows, rows.shape[1])
+            return jax.make_array_from_callback(shape, layout, lambda index: filled[position[index[0]]][:, index[1]])
+
+        return {name: placed(rows) for name, rows in batch.items()}
+
+    @property
+    def own_rows(self) -> np.ndarray:
+        """Which rows of a global batch this process reads, ascending."""
+        return self._held_rows[self._held_rows < self.batch_size]
+
+    @property
+    def _rows(self) -> int:
+        return self.batch_size + -self.batch_size % self.row_multiple
+
+    @functools.cached_property
+    def _held_rows(self) -> np.ndarray:
+        return held_rows(NamedSharding(self.mesh, self.strategy.spec("batch")), self._rows)
 
     def compile(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainStep, float]:
         """The train step compiled ahead of time for exactly these shapes and layouts, and the seconds that took.
@@ -138,6 +164,7 @@ def assemble(
         weights.frozen,
         with_pairs(step, config),
         jax.jit(make_eval_step(bind, next_token_losses, strategy)),
+        run.train.batch_size,
         row_multiple(run, mesh, strategy),
         choose_weights(run, averaged=run.average is not None and run.average.evaluate),
         choose_weights(run, averaged=run.average is not None and run.average.export),
@@ -155,12 +182,8 @@ def batch_names(run: Run) -> tuple[str, ...]:
 
 
 def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:
-    """Rows per process must be a multiple of this, for every microbatch to divide over the devices that share it."""
+    """Rows must be a multiple of this, for every microbatch to divide over the devices that share it."""
     ways = axis_size(mesh, strategy.spec("batch")[0]) * run.train.microbatches
-    if run.train.batch_size % jax.process_count():
-        raise LlmtuneConfigError(
-            f"train.batch_size: {run.train.batch_size} rows cannot be shared by {jax.process_count()} processes"
-        )
     for axis in ("seq", "residual_seq"):
         cut = axis_size(mesh, strategy.spec(axis)[0])
         if run.data.sequence_length % cut:
@@ -168,4 +191,4 @@ def row_multiple(run: Run, mesh: Mesh, strategy: Strategy) -> int:
                 f"data.sequence_length: {run.data.sequence_length} tokens cannot be cut {cut} ways, as strategy "
                 f"{strategy.name} does; give a multiple of {cut}"
             )
-    return max(1, ways // jax.process_count())
+    return ways

@@ -78,7 +78,7 @@ def test_packed_rows_hold_several_documents(dataset):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_slices_of_all_hosts_are_the_global_batch(dataset, packing, hosts):
     whole = source(dataset, packing=packing)
-    parts = [source(dataset, packing=packing, process=host, processes=hosts) for host in range(hosts)]
+    parts = [source(dataset, packing=packing, share=share) for share in np.split(np.arange(8), hosts)]
     for step in range(len(whole)):
         slices = [part[step] for part in parts]
         assert_equal({name: np.concatenate([own[name] for own in slices]) for name in slices[0]}, whole[step])

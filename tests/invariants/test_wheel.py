@@ -49,7 +49,8 @@ def test_it_holds_the_two_packages_and_what_ships_with_them_and_nothing_else(whe
     modules = {
         str(path.relative_to(ROOT)) for top in ("llmtune", "checkpoints_convert") for path in (ROOT / top).rglob("*.py")
     }
-    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "llmtune/evaluation/report/templates").iterdir()}
+    templates = ("evaluation/report", "planning")
+    pages = {str(path.relative_to(ROOT)) for of in templates for path in (ROOT / f"llmtune/{of}/templates").iterdir()}
     starter = {str(path.relative_to(ROOT)) for path in (ROOT / "llmtune" / "starter").iterdir()}
     assert names == shipped | modules | starter | pages
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import llmtune
 from llmtune.config import Run
 from llmtune.config.data import Data
-from llmtune.training.processes import own_rows, written_once
+from llmtune.training.processes import written_once
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.trackers import open_trackers
 from tests.runs import read_curve, run_config
@@ -29,14 +29,6 @@ llmtune.train(llmtune.load_run(sys.argv[3]))
 def be(monkeypatch, index, count=2):
     monkeypatch.setattr(jax, "process_index", lambda: index)
     monkeypatch.setattr(jax, "process_count", lambda: count)
-
-
-def test_processes_share_the_rows_of_a_batch(monkeypatch):
-    shares = []
-    for index in range(2):
-        be(monkeypatch, index)
-        shares += range(6)[own_rows(6)]
-    assert shares == list(range(6))
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -1,0 +1,147 @@
+"""Two processes of four devices are one of eight: curve, rows, what is read of the weights, checkpoints, exports."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llmtune
+from tests.multihost.together import together
+from tests.runs import read_curve, run_config, write_rows
+from tests.sharding.test_grid import MESHES
+
+STEPS, ROWS = 4, 8
+LORA = {"rank": 4, "alpha": 8}
+ACROSS = {"context": 8}  # the processes divide the sequence, so that both hold every row
+
+
+class Ground:
+    """A folder with rows of real text, and runs of a real model on them."""
+
+    def __init__(self, path, stories, batches):
+        self.path, self.model = path, stories
+        self.rows = write_rows(path / "rows.jsonl", *batches)
+
+    def config(self, name, strategy, mesh, adapt):
+        data = {"train": str(self.rows), "format": "tokens", "sequence_length": 64, "packing": False, "shuffle": False}
+        run_config(
+            self.path, self.model, self.rows, name, data=data, adapt=adapt,
+            train={"steps": STEPS, "batch_size": ROWS, "dtype": "float32"}, evaluate={"every": None},
+            sharding={"strategy": strategy, "mesh": mesh}, checkpoint={"every": 2, "keep": 2},
+        )  # fmt: skip
+        return self.path / f"{name}.yaml"
+
+    def one(self, name, strategy, mesh, adapt, devices=8):
+        """The directory of the run by one process of so many devices."""
+        run = llmtune.load_run(self.config(name, strategy, mesh, adapt))
+        llmtune.train(run, devices=jax.devices()[:devices])
+        return Path(run.output)
+
+
+RUNS = {"whole": ("fsdp", {"fsdp": 8}, None), "across": ("context", ACROSS, LORA)}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, stories, batches):
+    return Ground(tmp_path_factory.mktemp("multihost"), stories, batches)
+
+
+@pytest.fixture(scope="module")
+def two(ground):
+    """What two processes read of each run of RUNS, which they train here."""
+    configs = [ground.config(name, *own) for name, own in RUNS.items()]
+    told = together(ground.path, configs, processes=2, devices=4)
+    return {name: [process[number] for process in told] for number, name in enumerate(RUNS)}
+
+
+def assert_same_curve(one, other):
+    for ours, theirs in zip(read_curve(one), read_curve(other), strict=True):
+        assert len(ours) == STEPS
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def digests(directory):
+    """Of all weights and of all that is not about the session in an export."""
+    files = sorted(path for path in (directory / "export").rglob("*") if path.suffix == ".safetensors")
+    assert files
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_processes_follow_the_curve_of_one(ground, two):
+    assert_same_curve(ground.path / "whole", ground.one("whole-one", *RUNS["whole"]))
+
+
+def test_two_processes_that_divide_the_sequence_follow_the_curve_of_one_device(ground, two):
+    assert_same_curve(ground.path / "across", ground.one("across-one", "fsdp", {"fsdp": 1}, LORA, devices=1))
+
+
+def test_each_process_reads_its_share_of_the_rows(ground, two, batches):
+    """Disjoint and complete, and the rows that the file has there."""
+    first, second = ({step: (share, rows) for step, share, rows in own["rows"]} for own in two["whole"])
+    assert set(first) == set(second) == set(range(STEPS))
+    text = batches[0].reshape(-1, ROWS, 64)
+    for step in range(STEPS):
+        assert sorted(first[step][0] + second[step][0]) == list(range(ROWS))
+        for share, rows in (first[step], second[step]):
+            np.testing.assert_array_equal(rows, text[step][share])
+
+
+def test_processes_that_divide_the_sequence_read_the_same_rows(two):
+    for own in two["across"]:
+        assert all(share == list(range(ROWS)) for _, share, _ in own["rows"])
+
+
+def test_each_process_reads_its_share_of_the_weights(ground, two, stories):
+    total = sum(path.stat().st_size for path in stories.glob("*.safetensors"))
+    for own in two["whole"]:
+        assert 0.45 * total < own["weight_bytes"] < 0.55 * total
+
+
+def test_one_process_reads_the_checkpoint_of_two_and_exports_the_same_bytes(ground, two):
+    directory = ground.path / "whole"
+    before = digests(directory)
+    shutil.rmtree(directory / "export")
+    llmtune.train(llmtune.load_run(directory.with_suffix(".yaml")), devices=jax.devices()[:8])
+    assert digests(directory) == before and len(read_curve(directory)[0]) == STEPS
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("adapt", [None, LORA], ids=["full", "lora"])
+def test_the_checkpoint_of_two_is_gone_on_from_by_four_and_by_one(ground, adapt):
+    name = f"elastic-{'full' if adapt is None else 'lora'}"
+    config, directory = ground.config(name, "fsdp", {"fsdp": 8}, adapt), ground.path / name
+    together(ground.path, [config], processes=2, devices=4)
+    whole, curve = digests(directory), read_curve(directory)
+    for again in ("four", "one"):
+        shutil.rmtree(directory / "export")
+        shutil.rmtree(directory / "checkpoints" / str(STEPS))
+        if again == "four":
+            together(ground.path, [config], processes=4, devices=2)
+        else:
+            llmtune.train(llmtune.load_run(config), devices=jax.devices()[:8])
+        for ours, theirs in zip(read_curve(directory), curve, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        assert digests(directory).keys() == whole.keys()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("adapt", [None, LORA], ids=["full", "lora"])
+def test_every_strategy_over_two_processes(ground, adapt):
+    meshes = {name: mesh for name, mesh in MESHES.items() if name != "expert"} | {"tensor": {"data": 2, "tensor": 4}}
+    kind = "full" if adapt is None else "lora"
+    configs = [ground.config(f"{kind}-{name}", name, mesh, adapt) for name, mesh in meshes.items()]
+    together(ground.path, configs, processes=2, devices=4)
+    for name, mesh in meshes.items():
+        assert_same_curve(ground.path / f"{kind}-{name}", ground.one(f"{kind}-{name}-one", name, mesh, adapt))
+
+
+@pytest.mark.nightly
+def test_a_tensor_axis_across_processes(ground):
+    """Heads are divided between the processes, which hold the same rows."""
+    config = ground.config("heads", "tensor", {"tensor": 4}, LORA)
+    told = together(ground.path, [config], processes=2, devices=2)
+    assert all(share == list(range(ROWS)) for own in told for _, share, _ in own[0]["rows"])
+    assert_same_curve(ground.path / "heads", ground.one("heads-one", "tensor", {"tensor": 4}, LORA, devices=4))

@@ -45,11 +45,8 @@ OBJECTIVES = {"pretrain": next_token_loss, "sft": next_token_loss}
 class Program:
     """`frozen`: the weights that stay; `bind` makes the model record of a tree of weights.
 
-<<<<<<< HEAD
     `evaluated`, `exported`: a state -> those of its weights (that train) which are measured, and kept at the end.
-=======
     `batch_size`: rows of a global batch, which empty ones fill up to a multiple of `row_multiple`;
->>>>>>> a762628 (Each process reads the rows that its devices hold; tests of two processes against one)
     `whole`: the paths of weights that train in whole beside an adapter; `virtual_tokens`: how many a row begins with;
     `work`: the FLOPs of a step.
     """

@@ -76,8 +76,8 @@ def trained(strategy, model, method):
         specs = partition(adapted, transform.trains)[0]
         trainable, frozen = partition(params, transform.trains)
         weights = Weights(graphdef, trainable, frozen, (), 0, state_layouts(specs, mesh, table))
-        program, optimizer = assemble(run, weights, STEPS, mesh, table)
-        state, losses = init_state(trainable, optimizer), []
+        program, optimizer, revisions = assemble(run, weights, STEPS, mesh, table)
+        state, losses = init_state(trainable, optimizer, revisions), []
         for number, tokens in enumerate(rows):
             batch = {"tokens": tokens, "labels": tokens, "segment_ids": segments, "positions": positions}
             placed = program.place(batch)

@@ -52,6 +52,7 @@ class Sides:
         self.trackers = All((MetricsFile(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", 0)))
         self.meter = Meter(self.program.work, (), lambda step: {"epoch": 0.0}, 0.0, time.time())
         self.checkpoints = Checkpoints(folder / "checkpoints", Retention(3), {}, 1, print)
+        self.checkpoints.__enter__()  # held until the process ends
         self.number, self.every = 0, settings.every
 
     def bare(self):

@@ -33,7 +33,8 @@ class Commit:
         figures: dict[str, float],
         after: Callable[[], None],
     ):
-        self.step, self.error = step, None
+        self.step = step
+        self.error: Exception | None = None
         self._path, self._partial = directory / str(step), directory / f"{step}{PARTIAL}"
         self._run, self._figures, self._after = run, figures, after
         self._arrays = {name: {"shape": list(own.shape), "dtype": own.dtype.name} for name, own in arrays.items()}
@@ -41,8 +42,6 @@ class Commit:
         self._written = start_writing(self._partial, arrays)
         self._thread = threading.Thread(target=self._carry_through, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
-
-    error: Exception | None
 
     @property
     def is_over(self) -> bool:

@@ -27,6 +27,6 @@ def hang(forge, ground, seconds=3.0, places=PLACES):
         ended += code == exit_codes.HUNG and stacks.exists() and "block_for_ever" in stacks.read_text()
     figure = (
         f"{ended} of {len(places)} ended with code 70 and stacks that show where, "
-        f"slowest {slowest:.1f} s at a limit of {seconds:g} s"
+        f"slowest {slowest:.1f} s after compilation, at a limit of {seconds:g} s"
     )
     return Row("D3", "a loader, a placement, a step that never return", figure, ended == len(places))

@@ -3,15 +3,19 @@
 from llmtune.data.batches import BatchSource, HostBatch, evaluation_batches, read_batches
 from llmtune.data.dataset import Counts, Dataset
 from llmtune.data.files import DataFile
+from llmtune.data.feed import Feed
 from llmtune.data.first_row import Look
 from llmtune.data.run_data import RunData, added_tokens, load_data
 from llmtune.data.sources import SourceReport
+from llmtune.data.stream import Position
 
 __all__ = [
     "BatchSource",
     "Counts",
     "DataFile",
     "Dataset",
+    "Feed",
+    "Position",
     "HostBatch",
     "Look",
     "RunData",

@@ -66,8 +66,9 @@ def read_identity(paths: Sequence[Path]) -> list[DataFile]:
 
 
 def files_digest(files: Sequence[DataFile]) -> str:
-    """One sha256 for files in their order."""
-    return hashlib.sha256(" ".join(file.sha256 for file in files).encode()).hexdigest()
+    """One sha256 for files in their order; one that was not read as a whole counts by its name and its size."""
+    known = (file.sha256 or f"{file.path.name}:{file.bytes}" for file in files)
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()
 
 
 def _expand(name: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from llmtune.data.files import files_digest
 from llmtune.data.first_row import Look, look_at
 from llmtune.data.formats import instruction_prompt, uses_template
 from llmtune.data.mixture import Mixture, short_names
-from llmtune.data.sources import Reading, SourceReport, Tick
+from llmtune.data.feed import Feed, Planned, Streamed
+from llmtune.data.sources import Reading, SourceReport, Tick, first_documents
+from llmtune.data.stream import Position, Stream, StreamedSource
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
 from llmtune.models.config import ModelConfig
 from llmtune.shipped import resolve
@@ -28,6 +30,7 @@ class RunData:
 
     `digest`: sha256 of all files; `notes`: a line per source; `look`: what the first row looks like to the model, and what
     is odd about it; `template`: the chat template that training rows were rendered with, None where none was.
+    `streamed`: what training reads as it goes; then `train` is the first few documents, and `digest` of names and sizes.
     """
 
     train: Dataset
@@ -38,6 +41,7 @@ class RunData:
     sources: tuple[SourceReport, ...] = ()
     template: ChatTemplate | None = None
     look: Look = field(default_factory=Look)
+    streamed: tuple[StreamedSource, ...] = ()
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -56,6 +60,15 @@ class RunData:
             steps,
             share,
         )
+
+    def feed(
+        self, run: Run, steps: int, process: int, processes: int, known: Callable[[int], tuple[int, Position] | None]
+    ) -> Feed:
+        """What the loop takes batches from. `known`: positions of a stream that were recorded (see `Streamed`)."""
+        if not self.streamed:
+            return Planned(self.source(run, steps, process, processes))
+        length, rows = run.data.sequence_length, run.train.batch_size
+        return Streamed(Stream(self.streamed, rows, length, process, processes), steps, known)
 
     def steps(self, run: Run) -> int:
         """Updates that the run asks for: `steps`, or as many as its epochs have batches."""
@@ -96,7 +109,13 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
         mixture = Mixture(sizes, weights) if set(weights) != {1} else None
         return join(datasets, mixture), list(reports), list(notes)
 
-    train, reports, notes = load(run.data.train, "data.train")
+    streamed: tuple[StreamedSource, ...] = ()
+    if run.data.streaming:
+        opened = [reading.stream(source, number) for number, source in enumerate(sources_of(run.data.train))]
+        streamed, reports, notes = (list(own) for own in zip(*opened, strict=True))
+        streamed, train = tuple(streamed), first_documents(streamed[0], run.data.sequence_length)
+    else:
+        train, reports, notes = load(run.data.train, "data.train")
     used = template if any(report.template for report in reports) else None
     digest, validation = files_digest([file for report in reports for file in report.files]), None
     if run.data.validation:
@@ -105,7 +124,7 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
         digest = hashlib.sha256(f"{digest} {other}".encode()).hexdigest()
         reports, notes = reports + others, notes + more
     look = look_at(train, tokenizer, used)
-    return RunData(train, validation, tokenizer, digest, tuple(notes), tuple(reports), used, look)
+    return RunData(train, validation, tokenizer, digest, tuple(notes), tuple(reports), used, look, streamed)
 
 
 def _tokenizer(run: Run, config: ModelConfig, directory: Path | None) -> tuple[Tokenizer | None, ChatTemplate | None]:

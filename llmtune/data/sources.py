@@ -3,20 +3,23 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from llmtune.config import DataSource, Run
 from llmtune.data.dataset import Counts, Dataset, collect
 from llmtune.data.example import Example
 from llmtune.data.files import DataFile, data_files, read_identity
-from llmtune.data.formats import COLUMNS, detect_format, make_formatter, read_examples, uses_template
+from llmtune.data.formats import COLUMNS, Formatter, detect_format, make_formatter, read_examples, uses_template
 from llmtune.data.invalid import BadRow, Skipped, stop
 from llmtune.data.rows import Row, read_rows
+from llmtune.data.stream import Cursor, StreamedSource
 from llmtune.errors import LlmtuneDataError
 from llmtune.models.config import ModelConfig
 from llmtune.tokenizers import Tokenizer
 from llmtune.tokenizers.conversation import ChatTemplate
 
+LOOKED_AT = 8  # documents of a stream
 TRIED = 100  # rows that may be skipped before one shows the format
 Tick = Callable[[int], None]
 
@@ -51,6 +54,29 @@ class Reading:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
 
+    def stream(self, source: DataSource, number: int) -> tuple[StreamedSource, SourceReport, str]:
+        """(what reads it as it is needed, account, a line that says it) of the `number`-th training source."""
+        data, paths = self.run.data, data_files(source.path)
+        refuse = Skipped() if data.invalid == "skip" else stop
+        columns = data.columns if source.columns is None else source.columns
+        name, how, _ = _format(source.format or data.format, read_rows(paths, refuse), columns, refuse, paths)
+        formatter = self._formatter(name, columns)
+        key = (self.run.train.seed, number) if data.shuffle else None
+        read = partial(read_examples, formatter=formatter, refuse=refuse)
+        files = tuple(DataFile(path, path.stat().st_size, "") for path in paths)
+        report = SourceReport(
+            "data.train", source.path, name, None, source.weight, Counts(), {}, (), files, source.license
+        )  # fmt: skip
+        size = sum(file.bytes for file in files)
+        note = f"data.train {source.path}: {name} ({how}), streamed from {len(files):,} files of {size / 1e9:,.3g} GB"
+        return StreamedSource(tuple(paths), read, source.weight, key, refuse), report, note
+
+    def _formatter(self, name: str, columns: Mapping[str, str]) -> Formatter:
+        pretrain = self.run.objective == "pretrain"
+        return make_formatter(
+            name, self.tokenizer, columns, self.config.vocab_size, pretrain=pretrain, template=self.template
+        )
+
     def load(self, source: DataSource, key: str, tick: Tick) -> tuple[Dataset, SourceReport, str]:
         """(examples, account, a line that says it). Raises LlmtuneError with file:line for what cannot be used."""
         data, paths = self.run.data, data_files(source.path)
@@ -62,14 +88,7 @@ class Reading:
         name, how, rows = _format(asked, rows, columns, refuse, paths)
         first = next(rows, None)
         rows = rows if first is None else itertools.chain([first], rows)
-        formatter = make_formatter(
-            name,
-            self.tokenizer,
-            columns,
-            self.config.vocab_size,
-            pretrain=self.run.objective == "pretrain",
-            template=self.template,
-        )
+        formatter = self._formatter(name, columns)
         examples = _ticking(read_examples(rows, formatter, refuse), tick)
         named = key if isinstance(getattr(data, key.removeprefix("data.")), str) else f"{key} {source.path}"
         try:
@@ -127,3 +146,9 @@ def _ticking(examples: Iterable[Example], tick: Tick) -> Iterator[Example]:
     for example in examples:
         yield example
         tick(1)
+
+
+def first_documents(source: StreamedSource, sequence_length: int) -> Dataset:
+    """A few of them, for looking at; nothing is counted."""
+    found = (example for example, _ in itertools.islice(source.documents(Cursor()), LOOKED_AT))
+    return replace(collect(found, sequence_length, "truncate", name="data.train"), counts=Counts())

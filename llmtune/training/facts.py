@@ -108,7 +108,7 @@ def dataset_facts(part: str, data: RunData, dataset: Dataset) -> Facts:
     sources = [source for source in data.sources if source.key == f"data.{part}"]
     skipped = sum((Counter(source.skipped) for source in sources), Counter())
     return {
-        "counts": {**dataclasses.asdict(dataset.counts), "skipped": dict(skipped)},
+        "counts": {**dataclasses.asdict(dataset.counts), "skipped": dict(skipped)} if dataset.counts.rows else {},
         "tokens_sha256": digest.hexdigest(),
         "sources": [source_facts(source) for source in sources],
     }
@@ -116,7 +116,8 @@ def dataset_facts(part: str, data: RunData, dataset: Dataset) -> Facts:
 
 def source_facts(source: SourceReport) -> Facts:
     """What one source came to, and which bytes it was."""
-    counts = {**dataclasses.asdict(source.counts), "skipped": dict(source.skipped)}
+    counted = {**dataclasses.asdict(source.counts), "skipped": dict(source.skipped)}
+    counts = counted if source.counts.rows else {}  # a stream is not counted
     files = [{"path": str(file.path), "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
     hashes = [file.sha256 for file in source.files]
     own = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()

@@ -7,6 +7,7 @@ base.sha256      of the model that it began with (see `pretrained.Source.digest`
 metrics.jsonl    an object per step
 tensorboard/     the same, for TensorBoard
 samples.jsonl    completions of evaluate.prompts, an object per step and prompt
+positions.jsonl  of streamed data: where the stream stood after each step
 profile/         a trace, where one was asked for
 run.json         model, data, sessions: versions, devices, seconds, peak memory
 checkpoints/     a directory per step, see llmtune.training.checkpoint
@@ -28,6 +29,7 @@ import numpy as np
 
 from llmtune.config import Run
 from llmtune.config.file import dump_tree, flat, parse_yaml, plain
+from llmtune.data import Position
 from llmtune.errors import LlmtuneConfigError, LlmtuneError
 from llmtune.redaction import redact_tree
 from llmtune.training.files import write_whole, written_plainly
@@ -73,6 +75,16 @@ class RunDirectory:
     def samples(self) -> MetricsFile:
         """An object per step and prompt."""
         return MetricsFile(self.path / "samples.jsonl")
+
+    @property
+    def positions(self) -> MetricsFile:
+        """Of streamed data, an object per step: where the stream stood after it."""
+        return MetricsFile(self.path / "positions.jsonl")
+
+    def known_position(self, step: int) -> tuple[int, Position] | None:
+        """The last one recorded up to a step."""
+        rows = [row for row in self.positions.rows() if row["step"] <= step]
+        return (rows[-1]["step"], Position.from_json(rows[-1])) if rows else None
 
     @property
     def profile(self) -> Path:

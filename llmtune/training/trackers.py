@@ -24,8 +24,9 @@ def open_trackers(
         yield All(())
         return
     directory.metrics.cut_after(after)
-    if directory.samples.path.exists():
-        directory.samples.cut_after(after)
+    for kept in (directory.samples, directory.positions):
+        if kept.path.exists():
+            kept.cut_after(after)
     asked, config = run.tracking, redact_tree(flat(plain(run)))
     place = Place(directory.path, asked.project, asked.name or directory.path.name, config, after, asked.offline)
     files = (directory.metrics, TensorBoard(directory.tensorboard, after))

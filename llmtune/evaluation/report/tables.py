@@ -47,7 +47,7 @@ def tiles(record: Record) -> list[Tile]:
         found.append(Tile("Tokens per second", units.figure(speed[0]), f"{units.duration(speed[1])} a step"))
     time = spending(record)
     if time is not None:
-        note = f"training, of {units.duration(time.wall)} since it began"
+        note = f"of {units.duration(time.wall)} in all"
         found.append(Tile("Goodput", f"{time.goodput:.0%}", note))
     if record.sessions:
         compiled = sum(session.get("compile_seconds", 0) for session in record.sessions)

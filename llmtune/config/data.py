@@ -43,7 +43,8 @@ class Data:
     sequence_length: int = key("tokens per row of the batch", 1024)
     packing: bool = key("several documents per row, by a plan; each sees only itself", True)
     streaming: bool = key(
-        "data.train is read while training goes on, never as a whole: objective pretrain, weights are shares of the tokens", False
+        "data.train is read while training goes on, never as a whole: objective pretrain, weights are shares of the tokens",
+        False,
     )
     shuffle: bool = key("a new order every epoch, from train.seed; false: file order", True)
     too_long: Literal["truncate", "drop", "error"] = key(

@@ -97,7 +97,11 @@ def check(run: Run) -> None:
     check_data(run.data, require)
     check_tracking(run.tracking, require)
     if run.data.streaming:
-        require(run.objective == "pretrain", "data.streaming", f"objective {run.objective} needs its rows whole; take pretrain")
+        require(
+            run.objective == "pretrain",
+            "data.streaming",
+            f"objective {run.objective} needs its rows whole; take pretrain",
+        )
         require(run.data.packing, "data.streaming", "a stream is packed as it comes; leave data.packing true")
         require(run.train.epochs is None, "train.epochs", "a stream has no known length; give train.steps")
     check_export(run.export, require)

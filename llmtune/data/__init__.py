@@ -2,8 +2,8 @@
 
 from llmtune.data.batches import BatchSource, HostBatch, evaluation_batches, read_batches
 from llmtune.data.dataset import Counts, Dataset
-from llmtune.data.files import DataFile
 from llmtune.data.feed import Feed
+from llmtune.data.files import DataFile
 from llmtune.data.first_row import Look
 from llmtune.data.run_data import RunData, added_tokens, load_data
 from llmtune.data.sources import SourceReport
@@ -15,9 +15,9 @@ __all__ = [
     "DataFile",
     "Dataset",
     "Feed",
-    "Position",
     "HostBatch",
     "Look",
+    "Position",
     "RunData",
     "SourceReport",
     "added_tokens",

@@ -75,7 +75,7 @@ class Streamed:
 
     def position(self, step: int) -> dict[str, Any] | None:
         """Of every source, and of a document that the batch cut; what lies before it is forgotten."""
-        for earlier in [own for own in self.positions if own < step]:
+        for earlier in [own for own in list(self.positions) if own < step]:
             self.positions.pop(earlier, None)
         return self.positions[step].to_json()
 

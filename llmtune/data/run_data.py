@@ -9,11 +9,11 @@ from pathlib import Path
 from llmtune.config import DataSource, Run, sources_of
 from llmtune.data.batches import BatchSource
 from llmtune.data.dataset import Dataset, join
+from llmtune.data.feed import Feed, Planned, Streamed
 from llmtune.data.files import files_digest
 from llmtune.data.first_row import Look, look_at
 from llmtune.data.formats import instruction_prompt, uses_template
 from llmtune.data.mixture import Mixture, short_names
-from llmtune.data.feed import Feed, Planned, Streamed
 from llmtune.data.sources import Reading, SourceReport, Tick, first_documents
 from llmtune.data.stream import Position, Stream, StreamedSource
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
@@ -62,13 +62,13 @@ class RunData:
         )
 
     def feed(
-        self, run: Run, steps: int, process: int, processes: int, known: Callable[[int], tuple[int, Position] | None]
+        self, run: Run, steps: int, share: Sequence[int], known: Callable[[int], tuple[int, Position] | None]
     ) -> Feed:
-        """What the loop takes batches from. `known`: positions of a stream that were recorded (see `Streamed`)."""
+        """What the loop takes batches from, the rows of `share`. `known`: recorded positions of a stream (see `Streamed`)."""
         if not self.streamed:
-            return Planned(self.source(run, steps, process, processes))
+            return Planned(self.source(run, steps, share))
         length, rows = run.data.sequence_length, run.train.batch_size
-        return Streamed(Stream(self.streamed, rows, length, process, processes), steps, known)
+        return Streamed(Stream(self.streamed, rows, length, tuple(share)), steps, known)
 
     def steps(self, run: Run) -> int:
         """Updates that the run asks for: `steps`, or as many as its epochs have batches."""
@@ -112,8 +112,9 @@ def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick 
     streamed: tuple[StreamedSource, ...] = ()
     if run.data.streaming:
         opened = [reading.stream(source, number) for number, source in enumerate(sources_of(run.data.train))]
-        streamed, reports, notes = (list(own) for own in zip(*opened, strict=True))
-        streamed, train = tuple(streamed), first_documents(streamed[0], run.data.sequence_length)
+        streamed = tuple(own for own, _, _ in opened)
+        reports, notes = [report for _, report, _ in opened], [note for _, _, note in opened]
+        train = first_documents(streamed[0], run.data.sequence_length)
     else:
         train, reports, notes = load(run.data.train, "data.train")
     used = template if any(report.template for report in reports) else None

@@ -103,13 +103,12 @@ class StreamedSource:
 
 @dataclass(frozen=True)
 class Stream:
-    """Batches of rows of exactly `sequence_length` tokens; process `process` of `processes` gets its rows of each."""
+    """Batches of rows of exactly `sequence_length` tokens; a process gets its `share` of the rows of each (None: all)."""
 
     sources: tuple[StreamedSource, ...]
     batch_size: int
     sequence_length: int
-    process: int = 0
-    processes: int = 1
+    share: tuple[int, ...] | None = None
 
     def start(self) -> Position:
         """Before the first batch."""
@@ -136,8 +135,7 @@ class Stream:
                     if len(self.sources) > 1:
                         batch["source_ids"][row, span] = source
                     at += len(ids)
-            share = self.batch_size // self.processes
-            own = slice(self.process * share, (self.process + 1) * share)
+            own = list(range(self.batch_size) if self.share is None else self.share)
             yield {name: rows[own] for name, rows in batch.items()}, position
 
     def _pieces(self, position: Position) -> Generator[tuple[int, np.ndarray, np.ndarray, Position], int, None]:

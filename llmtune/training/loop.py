@@ -12,7 +12,7 @@ from llmtune import pretrained
 from llmtune.config import Run
 from llmtune.config.adapt import has_adapter
 from llmtune.config.file import plain
-from llmtune.data import RunData, load_data, read_batches
+from llmtune.data import RunData, load_data
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.evaluation.report import write_report
 from llmtune.provenance import Found, Papers, settle_license, write_papers
@@ -143,12 +143,9 @@ def run_steps(
     plateau = Plateau(run.early_stopping, (row for row in earlier if row["step"] <= first))
     if plateau.is_reached:
         return state
-    rows = data.source(run, steps, program.own_rows.tolist())
-    batches = map(program.place, read_batches(rows, first))
-
-    def position(step: int) -> dict[str, Any]:
-        return {"epoch": rows.epoch(step)}
-
+    directory = evaluator.directory
+    feed = data.feed(run, steps, program.own_rows.tolist(), directory.known_position)
+    batches = map(program.place, feed.batches(first))
     batch: Any = next(batches)
     step, seconds = program.compile(state, batch)
     session.note(compile_seconds=round(seconds, 3))
@@ -161,7 +158,7 @@ def run_steps(
     bad_steps = BadSteps(run.divergence, display.note)
     watchdog = Watchdog(run.safeguards.hang_seconds, evaluator.directory.stacks)
     with open_trackers(run, evaluator.directory, first, display.note, profile) as tracker, watchdog:
-        meter = Meter(program.work, data.source_names, position, evaluator.directory.metrics.seconds(), session.began)
+        meter = Meter(program.work, data.source_names, feed.figures, directory.metrics.seconds(), session.began)
         for number in range(first + 1, steps + 1):
             state, metrics = step(state, program.frozen, batch)
             batch = next(batches, None)
@@ -171,6 +168,7 @@ def run_steps(
                 with watchdog.paused():
                     held_out = evaluator.held_out(state)
                 row |= {} if held_out is None else {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
+            directory.note_position(number, feed.position(number))
             tracker.log(row)
             if run.evaluate.samples_every is not None and number % run.evaluate.samples_every == 0:
                 with watchdog.paused():

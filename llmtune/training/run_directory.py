@@ -81,6 +81,11 @@ class RunDirectory:
         """Of streamed data, an object per step: where the stream stood after it."""
         return MetricsFile(self.path / "positions.jsonl")
 
+    def note_position(self, step: int, position: dict[str, Any] | None) -> None:
+        """Where the data stand after a step, where that must be known."""
+        if position is not None and is_first():
+            self.positions.log({"step": step, **position})
+
     def known_position(self, step: int) -> tuple[int, Position] | None:
         """The last one recorded up to a step."""
         rows = [row for row in self.positions.rows() if row["step"] <= step]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llmtune import exit_codes
-from llmtune.errors import LlmtuneConfigError
+from llmtune.errors import LlmtuneConfigError, LlmtuneRetryError
 from llmtune.training.heartbeat import Heartbeat
 from llmtune.training.supervisor import PARENT
 
@@ -39,6 +39,8 @@ def join(place: Place, heartbeat_seconds: float, join_seconds: float) -> Heartbe
     """
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would stand in the way of our own
     told = None not in (place.coordinator, place.processes, place.index)
+    if place.coordinator is not None and place.index == 0:
+        _require_free(place.coordinator)
     try:
         with _deadline(place, join_seconds):
             jax.distributed.initialize(
@@ -50,11 +52,26 @@ def join(place: Place, heartbeat_seconds: float, join_seconds: float) -> Heartbe
                 initialization_timeout=int(2 * join_seconds) + 60,
                 heartbeat_timeout_seconds=int(3 * heartbeat_seconds) + 10,
             )
+    except jax.errors.JaxRuntimeError as error:  # a RuntimeError too
+        raise LlmtuneRetryError(f"the processes of this run cannot join: {str(error).splitlines()[0]}") from None
     except (ValueError, RuntimeError) as error:
         raise LlmtuneConfigError(
             f"--processes auto: no pod and no cluster was found ({error}); give --coordinator, --processes and --process"
         ) from None
     return Heartbeat(_host(place), heartbeat_seconds)
+
+
+def _require_free(coordinator: str) -> None:
+    """Where another program listens on the port already, JAX ends with a segmentation fault."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    port = coordinator.rpartition(":")[2]
+    try:
+        socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise LlmtuneConfigError(
+            f"--coordinator: port {port} cannot be had on this machine ({error.strerror or error}); give a free one"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.runs import run_config
 
 SCRIPTS, GOLDEN = ROOT / "tpu_scripts", Path(__file__).parent / "golden"
 PLACE = ["--zone", "us-west4-a", "--project", "mine"]
@@ -66,7 +68,7 @@ TOP = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "common.
 def run(words, **environment):
     command = [str(SCRIPTS / words[0]), *words[1:]]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
 
 
@@ -128,13 +130,16 @@ def test_the_jobset_fills_its_slice():
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
-def worker(tmp_path, *words, **environment):
-    """worker/train.sh with the llmtune of this environment; its home is the test's folder."""
+def at_work(home, **environment):
+    """Where worker/train.sh finds the llmtune of this environment; its home is the test's folder."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    said = run(
-        ["worker/train.sh", *map(str, words)],
-        PATH=path, HOME=str(tmp_path), PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", LLMTUNE_PAUSE="0", **environment,
-    )  # fmt: skip
+    own = {"PATH": path, "HOME": str(home), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "LLMTUNE_PAUSE": "0"}
+    return {**os.environ, **own, **environment}
+
+
+def worker(tmp_path, *words, **environment):
+    """(what worker/train.sh says, the code that it leaves behind)."""
+    said = run(["worker/train.sh", *map(str, words)], **at_work(tmp_path, **environment))
     ended = tmp_path / "llmtune.exit"
     return said, ended.read_text().strip() if ended.exists() else None
 
@@ -142,6 +147,28 @@ def worker(tmp_path, *words, **environment):
 def test_a_worker_does_not_start_again_after_a_mistake(tmp_path):
     said, ended = worker(tmp_path, tmp_path / "none.yaml", LLMTUNE_PROCESSES="1")
     assert (said.returncode, ended) == (2, "2") and "start 2" not in said.stdout
+
+
+@pytest.mark.nightly
+def test_a_worker_passes_a_signal_on_and_goes_on_when_asked_again(tmp_path, starter):
+    rows = starter / "instructions_train.jsonl"
+    sections = {"data": {"train": str(rows), "sequence_length": 64}, "evaluate": {"every": None}}
+    config = tmp_path / "run.yaml"
+    run_config(tmp_path, starter, rows, train={"steps": 60, "batch_size": 2}, adapt={"rank": 2}, **sections)
+    environment = at_work(tmp_path, LLMTUNE_PROCESSES="1")
+    with subprocess.Popen([SCRIPTS / "worker" / "train.sh", config], cwd=ROOT, env=environment) as process:
+        until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() or process.poll() is not None)
+        process.terminate()
+        assert process.wait(120) == 143
+    assert not (tmp_path / "llmtune.exit").exists() and any((tmp_path / "run" / "checkpoints").iterdir())
+    said, ended = worker(tmp_path, config, LLMTUNE_PROCESSES="1")
+    assert (said.returncode, ended) == (0, "0") and "resuming after step" in said.stdout
+
+
+def until(done):
+    deadline = time.monotonic() + 240
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,21 @@ def default_mesh(strategy: Strategy, fits: Callable[[Mesh], bool], devices: Devi
     shared = [axis for axis in strategy.axes.get("embed", ()) if axis != model] or [a for a in ("data",) if a in used]
     each = len(devices) // replicas
     sizes = [n for n in range(each, 0, -1) if each % n == 0] if model and shared else [each] if model else [1]
-    meshes = (
-        make_mesh({"replica": replicas, **_evenly(each // size, shared), **({model: size} if model else {})}, devices)
+    choices = (
+        {"replica": replicas, **split, **({model: size} if model else {})}
         for size in sizes
+        for split in _splits(each // size, shared)
     )
-    first = next(meshes)
-    return first if fits(first) else next((mesh for mesh in meshes if fits(mesh)), first)
+    meshes = [mesh for mesh in (_on_torus(choice, devices) for choice in choices) if mesh is not None]
+    return next((mesh for mesh in meshes if fits(mesh)), meshes[0])
+
+
+def _on_torus(sizes: Mapping[str, int], devices: Devices) -> Mesh | None:
+    """The mesh, where its sizes are products of the sides of the torus that the devices form."""
+    try:
+        return make_mesh(sizes, devices)
+    except NotImplementedError:
+        return None
 
 
 def slices(devices: Devices) -> int:
@@ -91,12 +100,9 @@ def slices(devices: Devices) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def _evenly(count: int, axes: Sequence[str]) -> dict[str, int]:
-    """Sizes whose product is `count`, as near to each other as its divisors allow, the smaller ones first."""
-    if not axes:
-        return {}
-    if len(axes) == 1:
-        return {axes[0]: count}
-    root = count ** (1 / len(axes)) + 1e-9
-    size = max(n for n in range(1, int(root) + 1) if count % n == 0)
-    return {axes[0]: size, **_evenly(count // size, axes[1:])}
+def _splits(count: int, axes: Sequence[str]) -> list[dict[str, int]]:
+    """All sizes of up to two axes whose product is `count`: those nearest to each other first, the smaller one before."""
+    if len(axes) < 2:
+        return [dict.fromkeys(axes, count)]
+    pairs = [(n, count // n) for n in range(1, count + 1) if count % n == 0]
+    return [dict(zip(axes, pair, strict=False)) for pair in sorted(pairs, key=lambda pair: (max(pair), pair[0]))]

@@ -1,11 +1,15 @@
-"""Every strategy on eight simulated devices: the curve of one device, and nothing replicated on the quiet.
+"""Every strategy on eight simulated devices: the curve of one device, golden collectives, and nothing replicated on the quiet.
 
 dense, windowed, Mixtral   x   full, LoRA, QLoRA   x   ddp, zero1, fsdp, ...        all by night, each pair of two by day
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
+import json
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -123,3 +127,14 @@ def held(array):
 
 def ways(mesh, spec):
     return int(np.prod([axis_size(mesh, part) for part in spec]))
+
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+GOLDEN = json.loads((Path(__file__).parent / "collectives.json").read_text())
+
+
+@pytest.mark.parametrize(("strategy", "model", "method"), BY_DAY)
+def test_the_collectives_are_those_that_are_on_record(strategy, model, method):
+    """Instructions of the step as this machine's compiler leaves it; those of a scan's body stand once."""
+    found = collections.Counter(re.findall(rf" ({'|'.join(KINDS)})(?:-start)?\(", trained(strategy, model, method)[1]))
+    assert dict(found) == GOLDEN[f"{strategy}, {model}, {method}"]

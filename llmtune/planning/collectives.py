@@ -18,6 +18,7 @@ import numpy as np
 from llmtune.planning.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+SCATTERING = "all-reduce-scatter"  # computations of that name (SingleInputAllReduceScatterFusion)
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "s8": 8, "u8": 8}
 ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 MESH_GROUPS = re.compile(r"replica_groups=@?mesh\[([^\]]*)\]\s*\{([^}]*)\}")
@@ -46,7 +47,7 @@ def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> li
     runs, once = module.runs(), {}
     for name, computation in module.computations.items():
         for instruction in computation.values() if name in runs else ():
-            kind = _kind(instruction.opcode)
+            kind = _kind(instruction.opcode, name)
             if kind is not None:
                 channel = instruction.attribute("channel_id") or f"{name}/{instruction.name}"
                 times, found = runs[name], once.get(channel)
@@ -77,8 +78,11 @@ def mesh_axes(group: Iterable[int], axes: Sequence[str], sizes: Sequence[int]) -
     return "+".join(axis for axis, own in zip(axes, places, strict=True) if len(set(own.tolist())) > 1)
 
 
-def _kind(opcode: str) -> str | None:
+def _kind(opcode: str, computation: str) -> str | None:
+    """A TPU's fusion `all-reduce-scatter` holds an all-reduce and a slice in words, and is a ring that scatters in deed."""
     base = opcode.removesuffix("-start")
+    if base == "all-reduce" and computation.startswith(SCATTERING):
+        return "reduce-scatter"
     return base if base in KINDS else None
 
 
@@ -88,7 +92,7 @@ def _payload(kind: str, instruction: Instruction, ways: int) -> int:
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, contexts): the results
         parts = len(instruction.operands)
         sizes = sizes[parts : 2 * parts]
-    return sum(sizes) * (ways if kind == "reduce-scatter" else 1)
+    return sum(sizes) * (ways if instruction.opcode.startswith("reduce-scatter") else 1)
 
 
 def _bytes(dtype: str, dimensions: str) -> int:

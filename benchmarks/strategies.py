@@ -104,7 +104,9 @@ def main() -> None:
     for case in CASES:
         if not case.name.startswith(own.only):
             continue
-        print(f"\n{case.name}\n\n| strategy | mesh | GB needed | GB on the wire | least time, s | apart, s | MFU at most |")
+        print(
+            f"\n{case.name}\n\n| strategy | mesh | GB needed | GB on the wire | least time, s | apart, s | MFU at most |"
+        )
         print("|---|---|---|---|---|---|---|")
         for plan in plans(case, own.compile):
             print(row(plan) if isinstance(plan, Plan) else f"| {plan} | | | | | |", flush=True)

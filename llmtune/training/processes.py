@@ -51,4 +51,4 @@ def held_rows(layout: NamedSharding, rows: int) -> np.ndarray:
     Processes hold the same rows where it is something else that they divide (heads, experts, the sequence).
     """
     held = layout.addressable_devices_indices_map((rows,)).values()
-    return np.unique([row for index in held for row in range(*index[0].indices(rows))])
+    return np.unique([row for index in held for row in range(*index[0].indices(rows))])  # type: ignore[index]

@@ -75,7 +75,7 @@ class Program:
         def placed(rows: np.ndarray) -> jax.Array:
             filled = np.pad(rows, ((0, len(held) - len(rows)), (0, 0)))  # segment 0: seen by nobody
             shape = (self._rows, rows.shape[1])
-            return jax.make_array_from_callback(shape, layout, lambda index: filled[position[index[0]]][:, index[1]])
+            return jax.make_array_from_callback(shape, layout, lambda at: filled[position[at[0]]][:, at[1]])  # type: ignore[index]
 
         return {name: placed(rows) for name, rows in batch.items()}
 

@@ -22,6 +22,11 @@ from llmtune.weights.materialized import dense
 from llmtune.weights.operator import Adapter
 
 
+def narrow(out_axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The layout of x @ a for a product laid out as `out_axes`: rows stay whole, what is narrow is not worth scattering."""
+    return (*("seq" if axis == "residual_seq" else axis for axis in out_axes[:-1]), "act_rank")
+
+
 @final
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class LoRA(Adapter):
 
     def product(self, x: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """(scale * x @ a) @ b: scaled where it is narrow."""
-        low = checkpoint_name(linear(x, self.a, (*out_axes[:-1], "act_rank")), "low_rank")
+        low = checkpoint_name(linear(x, self.a, narrow(out_axes)), "low_rank")
         return linear(self.scale.astype(x.dtype) * low, self.b, out_axes)
 
     def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:

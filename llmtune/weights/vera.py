@@ -19,6 +19,7 @@ from llmtune.weights.contract import contract
 from llmtune.weights.doors import Weight, linear
 from llmtune.weights.dropout import drop
 from llmtune.weights.gather import gather
+from llmtune.weights.lora import narrow
 from llmtune.weights.materialized import dense
 from llmtune.weights.operator import Adapter
 
@@ -45,7 +46,7 @@ class VeRA(Adapter):
         n_in, n_out = self.shape[-2:]
         a = jax.sharding.reshard(self.a[:n_in].astype(x.dtype), PartitionSpec(jax.typeof(x).sharding.spec[-1], None))
         b = jax.sharding.reshard(self.b[:, :n_out].astype(x.dtype), PartitionSpec(None, spec(out_axes[-1])[0]))
-        low = contract(drop(x, self.key, self.dropout), a, "io", (*out_axes[:-1], "act_rank"))
+        low = contract(drop(x, self.key, self.dropout), a, "io", narrow(out_axes))
         low = checkpoint_name(low, "low_rank") * gather(self.inner).astype(x.dtype)
         outer = gather(self.outer).astype(x.dtype)
         return linear(x, self.base, out_axes) + contract(low, b, "io", out_axes) * outer

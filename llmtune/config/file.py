@@ -264,6 +264,7 @@ def _explain(error: Any, kind: type, at: str) -> str:
     if found in UNKNOWN_KEY:
         named = [str(part) for part in error["loc"] if part == "str" or not _is_branch(part)]
         path = ".".join("[]" if part.isdecimal() else part for part in named)
+        path = path if path.isprintable() else json.dumps(path)  # a line break in a key would be two lines
         known = [row[0] for row in key_reference(kind)]
         if path in known:
             return f"{path}: written as one key; write {path.replace('.', ': {', 1)}: ...}}"

@@ -63,7 +63,7 @@ def _rows_tpu(x, w, sizes, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # here: importing Pallas takes a second
 
     rows, tiling = x.shape[0], _tiling(x.shape[1], w.shape[2])
-    kernel = functools.partial(gmm, preferred_element_type=jnp.float32, tiling=tiling, interpret=interpret)
+    kernel = functools.partial(gmm, preferred_element_type=x.dtype, tiling=tiling, interpret=interpret)
     out = kernel(_pad_rows(x), w, sizes)[:rows]
     return _in_groups(out, sizes).astype(x.dtype)
 
@@ -72,7 +72,7 @@ def _matrices_tpu(x, gradient, sizes, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tiling = _tiling(x.shape[1], gradient.shape[1])
-    kernel = functools.partial(tgmm, preferred_element_type=jnp.float32, tiling=tiling, interpret=interpret)
+    kernel = functools.partial(tgmm, preferred_element_type=x.dtype, tiling=tiling, interpret=interpret)
     out = kernel(_pad_rows(x).T, _pad_rows(gradient), sizes)
     return jnp.where((sizes > 0)[:, None, None], out, 0.0)  # a group without rows is never visited
 

@@ -18,6 +18,7 @@ import numpy as np
 from llmtune.planning.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+SHARED_CHANNEL = "1"  # that of all collectives inside of a `shard_map`
 SCATTERING = "all-reduce-scatter"  # computations of that name (SingleInputAllReduceScatterFusion)
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "s8": 8, "u8": 8}
 ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -49,7 +50,9 @@ def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> li
         for instruction in computation.values() if name in runs else ():
             kind = _kind(instruction.opcode, name)
             if kind is not None:
-                channel = instruction.attribute("channel_id") or f"{name}/{instruction.name}"
+                channel = instruction.attribute("channel_id")
+                if channel in (None, SHARED_CHANNEL):
+                    channel = f"{name}/{instruction.name}"
                 times, found = runs[name], once.get(channel)
                 if found is None or found[0] < times:
                     once[channel] = times, kind, instruction

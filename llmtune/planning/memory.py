@@ -26,8 +26,8 @@ from llmtune.sharding import Strategy, axis_size
 from llmtune.weights import vocabulary_loss
 
 # How many arrays of one size are there at once, fitted: in a block's backward pass, of the MLP's width (of experts more, since
-# grouped products come out in float32) and of the residual's; around the loss, of the logits.
-INNER, EXPERTS, HIDDEN, LOGITS = 9.5, 14.2, 5.5, 3.5
+# sorted rows stand beside tokens) and of the residual's; around the loss, of the logits.
+INNER, EXPERTS, HIDDEN, LOGITS = 9.5, 10.6, 5.5, 3.5
 CHUNK = 512  # tokens of a row whose logits a device holds at a time, where it has the head for itself
 
 

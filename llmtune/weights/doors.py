@@ -13,7 +13,7 @@ import jax
 
 from llmtune.sharding import placed_by_compiler
 from llmtune.weights.contract import contract, expert_contract
-from llmtune.weights.gather import cast, gather, gather_to_multiply
+from llmtune.weights.gather import gather, gather_to_multiply
 from llmtune.weights.lookup import take_rows
 from llmtune.weights.operator import Operator
 
@@ -61,4 +61,4 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     """
     if isinstance(w, Operator):
         return w.expert_apply(x, group_sizes, out_axes)
-    return expert_contract(x, cast(w, x.dtype), group_sizes, out_axes)
+    return expert_contract(x, w.astype(x.dtype), group_sizes, out_axes)

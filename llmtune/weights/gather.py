@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmtune.kernels.platform import platform
 from llmtune.sharding import current
 
 Part = str | tuple[str, ...] | None  # an entry of a PartitionSpec
@@ -34,7 +33,7 @@ def gather_to_multiply(w: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Arra
     What is added up are the gradients of all the devices that x's rows are spread over: last, and of shards alone, over those
     that do not split w (replicas across slices, say).
     """
-    w, rows = cast(w, dtype), names_of(*jax.typeof(x).sharding.spec.partitions[:-1])
+    w, rows = w.astype(dtype), names_of(*jax.typeof(x).sharding.spec.partitions[:-1])
     parts = jax.typeof(w).sharding.spec.partitions
     reduced = rows - names_of(*parts)
     if reduced:
@@ -53,13 +52,6 @@ def gather_inside(w: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
             if axis in names_of(part):
                 w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True)
     return w
-
-
-def cast(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`w.astype(dtype)`, of this layer alone: TPUs would else form the whole stack in `dtype` before the scan, and keep it."""
-    if w.dtype == dtype:
-        return w
-    return (jax.lax.optimization_barrier(w) if platform() == "tpu" else w).astype(dtype)
 
 
 def without(part: Part, dropped: tuple[str, ...]) -> Part:

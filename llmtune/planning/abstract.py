@@ -25,7 +25,7 @@ from llmtune.training.adapting import choose_transform
 from llmtune.training.program import Program, assemble, batch_names, row_multiple
 from llmtune.training.state import TrainState, first_state
 from llmtune.training.state_layout import state_layouts
-from llmtune.training.weights import Weights, declare_base
+from llmtune.training.weights import Weights, check_strategy, declare_base
 from llmtune.transforms import partition
 from llmtune.weights import ArraySpec, is_operator, shardings
 
@@ -67,13 +67,14 @@ def abstract_weights(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
     adaptation = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
     transform = adaptation.transform
     adapted = transform.apply(declared, transform.init(declared))
+    virtual = LanguageModel(graphdef, adapted).decoder().virtual_tokens()
+    check_strategy(source, virtual, mesh, strategy)
     arrays = jax.tree.map(
         lambda spec, layout: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=layout),
         adapted,
         shardings(adapted, mesh, strategy),
         is_leaf=lambda leaf: isinstance(leaf, ArraySpec),
     )
-    virtual = LanguageModel(graphdef, adapted).decoder().virtual_tokens()
     layouts = state_layouts(partition(adapted, transform.trains)[0], mesh, strategy)
     return Weights(graphdef, *partition(arrays, transform.trains), adaptation.whole, virtual, layouts)
 

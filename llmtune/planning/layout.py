@@ -24,7 +24,7 @@ from llmtune.planning.memory import Memory, estimate_memory
 from llmtune.planning.roofline import Roofline, roofline
 from llmtune.planning.topology import Topology
 from llmtune.planning.traffic import estimate_traffic
-from llmtune.sharding import Strategy
+from llmtune.sharding import OffTorusError, Strategy
 from llmtune.training.program import Program
 from llmtune.training.weights import choose_layout, declare_base
 
@@ -96,27 +96,17 @@ class TorusError(LlmtuneConfigError):
     """A mesh whose axes do not lie along whole sides of the torus."""
 
 
-def refuse_idle_experts(source: pretrained.Source, mesh: Mesh, strategy: Strategy) -> None:
-    """A dense model has nothing to spread over an axis for experts."""
-    if source.config.experts is None and mesh.shape.get("expert", 1) > 1:
-        raise LlmtuneConfigError(
-            f"sharding.strategy: {strategy.name} spreads experts over {mesh.shape['expert']} devices, and {source.name} has "
-            "none; take fsdp_tensor, which splits heads and the MLP"
-        )
-
-
 def lay_out(run: Run, source: pretrained.Source, topology: Topology, placed: Sequence[Any]) -> Layout:
     """The run over these devices. Raises what is wrong with its layout, from shapes alone."""
     try:
         mesh, strategy = choose_layout(run.sharding, declare_base(run, source.config)[1], placed)
-    except NotImplementedError as error:  # of mesh_utils: sizes that are not products of the torus's sides
+    except OffTorusError as error:
         sizes = dict(run.sharding.mesh) if run.sharding and run.sharding.mesh else "the default mesh"
         sides = " x ".join(map(str, topology.shape))
         raise TorusError(
             f"sharding.mesh: {sizes} cannot be laid onto the torus of {topology.name}, {sides}; name sizes that are each the "
             "product of some of its sides"
         ) from error
-    refuse_idle_experts(source, mesh, strategy)
     used = {str(axis): size for axis, size in mesh.shape.items() if size > 1}
     named = dataclasses.replace(run, sharding=Sharding("fsdp" if run.sharding is None else run.sharding.strategy, used))
     with jax.set_mesh(mesh):

@@ -1,13 +1,14 @@
 """Meshes, strategy tables, and the way from logical axes to shardings. Imports nothing of ours."""
 
 from llmtune.sharding.layout import axis_size, parts, placed_by_compiler, put, replicated, sharding_for
-from llmtune.sharding.mesh import MESH_AXES, Devices, default_mesh, make_mesh
-from llmtune.sharding.strategy import REPLICATED, ShardingError, Strategy, current, load_strategy, spec
+from llmtune.sharding.mesh import Devices, OffTorusError, default_mesh, make_mesh
+from llmtune.sharding.strategy import MESH_AXES, REPLICATED, ShardingError, Strategy, current, load_strategy, spec
 
 __all__ = [
     "MESH_AXES",
     "REPLICATED",
     "Devices",
+    "OffTorusError",
     "ShardingError",
     "Strategy",
     "axis_size",

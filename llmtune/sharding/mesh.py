@@ -3,8 +3,9 @@
 A single device is the mesh of sizes 1; there is no code path without a mesh.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,9 +41,26 @@ def make_mesh(sizes: Mapping[str, int], devices: Devices | None = None) -> Mesh:
     explicit = (AxisType.Explicit,) * len(MESH_AXES)
     sizes_of_slice, across = over_slices(shape, slices(devices))
     if across is not None:
-        placed = mesh_utils.create_hybrid_device_mesh(sizes_of_slice, across, devices)
+        with _on_torus(sizes):
+            placed = mesh_utils.create_hybrid_device_mesh(sizes_of_slice, across, devices)
         return Mesh(placed, MESH_AXES, axis_types=explicit)
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=explicit, devices=devices)
+    with _on_torus(sizes):
+        return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=explicit, devices=devices)
+
+
+class OffTorusError(ShardingError):
+    """Sizes of a mesh that are not products of the sides of the torus that the devices form."""
+
+
+@contextlib.contextmanager
+def _on_torus(sizes: Mapping[str, int]) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:  # of mesh_utils
+        raise OffTorusError(
+            f"sharding.mesh: {dict(sizes)} cannot be laid onto the torus that these devices form; name sizes that are each the "
+            "product of some of its sides"
+        ) from error
 
 
 def over_slices(shape: Mapping[str, int], number: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -83,15 +101,14 @@ def default_mesh(strategy: Strategy, fits: Callable[[Mesh], bool], devices: Devi
         for size in sizes
         for split in _splits(each // size, shared)
     )
-    meshes = [mesh for mesh in (_on_torus(choice, devices) for choice in choices) if mesh is not None]
+    meshes = [mesh for mesh in (_if_on_torus(choice, devices) for choice in choices) if mesh is not None]
     return next((mesh for mesh in meshes if fits(mesh)), meshes[0])
 
 
-def _on_torus(sizes: Mapping[str, int], devices: Devices) -> Mesh | None:
-    """The mesh, where its sizes are products of the sides of the torus that the devices form."""
+def _if_on_torus(sizes: Mapping[str, int], devices: Devices) -> Mesh | None:
     try:
         return make_mesh(sizes, devices)
-    except NotImplementedError:
+    except OffTorusError:
         return None
 
 

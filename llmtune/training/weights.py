@@ -60,6 +60,20 @@ def declare_base(run: Run, config: ModelConfig) -> tuple[Any, Params]:
     return graphdef, own.apply(declared, own.init(declared))
 
 
+def check_strategy(source: pretrained.Source, virtual: int, mesh: Mesh, strategy: Strategy) -> None:
+    """Refuse what a strategy cannot do with a model, or has nothing to do for."""
+    if source.config.experts is None and mesh.shape.get("expert", 1) > 1:
+        raise LlmtuneConfigError(
+            f"sharding.strategy: {strategy.name} spreads experts over {mesh.shape['expert']} devices, and {source.name} has "
+            "none; take fsdp_tensor, which splits heads and the MLP"
+        )
+    if strategy.spec("seq")[0] is not None and (virtual or source.config.experts is not None):
+        what = "virtual tokens (a prompt or a prefix)" if virtual else "a mixture of experts"
+        raise LlmtuneConfigError(
+            f"sharding.strategy: {strategy.name} cuts rows along the sequence, which {what} cannot do yet; take fsdp_torus"
+        )
+
+
 def prepare_weights(
     run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
 ) -> Weights:
@@ -67,11 +81,7 @@ def prepare_weights(
     graphdef, declared = declare_base(run, source.config)
     adapt = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
     virtual = LanguageModel(graphdef, adapt.declared).decoder().virtual_tokens()
-    if strategy.spec("seq")[0] is not None and (virtual or source.config.experts is not None):
-        what = "virtual tokens (a prompt or a prefix)" if virtual else "a mixture of experts"
-        raise LlmtuneConfigError(
-            f"sharding.strategy: {strategy.name} cuts rows along the sequence, which {what} cannot do yet; take fsdp_torus"
-        )
+    check_strategy(source, virtual, mesh, strategy)
     if virtual:
         require_room(virtual, run.data, "adapt")
     dtype = "float32" if run.adapt is None else None

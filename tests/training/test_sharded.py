@@ -51,6 +51,19 @@ def test_microbatches_on_eight_devices(stories, data, single, tmp_path):
     np.testing.assert_allclose(curve(run, devices=8)[0], single["full"][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sharding", "adapt", "said"),
+    [({"strategy": "expert", "mesh": {"expert": 4, "fsdp": 2}}, None, "expert spreads experts over 4 devices, and .* has none"),
+     ({"strategy": "context", "mesh": {"context": 8}}, {"method": "prompt_tuning", "virtual_tokens": 4}, "cannot do yet"),
+     ({"strategy": "context", "mesh": {"context": 3}}, None, "does not multiply to the 8 devices")],
+)  # fmt: skip
+def test_what_a_strategy_has_nothing_to_do_for_is_refused(stories, data, tmp_path, sharding, adapt, said):
+    run = run_config(tmp_path, stories, data, adapt=adapt, sharding=sharding, train=train_section())
+    with pytest.raises((ValueError, llmtune.LlmtuneError), match=said):
+        llmtune.train(run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_moves_between_meshes(stories, data, single, tmp_path):
     """fsdp on eight devices, then tensor on eight, then one device: one curve, that of a run which never moved."""
 

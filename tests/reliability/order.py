@@ -33,7 +33,8 @@ def source(packing, steps, process=0, processes=1):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.full(offsets[-1], 7, np.int32)
     ids[offsets[:-1] + 1] = np.arange(100)
-    return BatchSource(make_dataset(ids, offsets), 4, 32, 9, packing, True, steps, process, processes)
+    share = range(process * 4 // processes, (process + 1) * 4 // processes)  # of the four rows of a batch
+    return BatchSource(make_dataset(ids, offsets), 4, 32, 9, packing, True, steps, share)
 
 
 def make_dataset(ids, offsets):

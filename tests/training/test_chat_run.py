@@ -61,10 +61,13 @@ def make_run(tmp_path, starter):
 
 
 def test_twenty_chats_learned_by_heart_are_answered_and_stop(make_run, tmp_path, capsys):
-    """Must hold in 20 of 20: an end of turn that is no target, or is padding, shows here as an answer without end."""
+    """Must hold in 20 of 20: an end of turn that is no target, or is padding, shows here as an answer without end.
+
+    After 150 steps it hangs on rounding whether the last of the chats is learned; after 240 all are.
+    """
     asked = [ask for ask, _ in chats()]
     run = make_run(
-        steps=150, data={"chat_template": str(tmp_path / "chat.jinja"), "sequence_length": 128},
+        steps=240, data={"chat_template": str(tmp_path / "chat.jinja"), "sequence_length": 128},
         evaluate={"prompts": asked[:2], "max_new_tokens": 40},
     )  # fmt: skip
     llmtune.train(run)

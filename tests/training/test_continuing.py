@@ -91,6 +91,6 @@ def test_a_step_that_is_not_there_or_not_whole_is_refused(first, tmp_path):
     file.write_bytes(content[:-1])
     try:
         with pytest.raises(LlmtuneConfigError, match=r"has no checkpoint to begin with \(step 4: "):
-            train(following(first, tmp_path, "--continue_from", asked.replace("5", "4")))
+            train(following(first, tmp_path, "--continue_from", json.dumps({"run": str(first / "first"), "step": 4})))
     finally:
         file.write_bytes(content)

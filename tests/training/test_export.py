@@ -72,7 +72,8 @@ def test_another_tokenizer_is_exported_with_the_models_own_notices(chat_run, sto
     (other / "tokenizer_config.json").write_text(json.dumps(settings))
     path = chat_run(adapt=adapt, data={"tokenizer": str(other), "add_special_tokens": [], "chat_template": None})
     assert sorted(file.name for file in (path / "export/model").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "provenance.json", "tokenizer.json",
+        "tokenizer_config.json"
     ]  # fmt: skip
     notices = json.loads((path / "export/model/generation_config.json").read_text())
     assert notices == {"bos_token_id": 1, "eos_token_id": [0], "do_sample": False}

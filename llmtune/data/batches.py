@@ -7,15 +7,17 @@ positions     index within the document
 source_ids    of a mixture of several sources: which one a token is of, 0 on padding too
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grain
 import numpy as np
 
 from llmtune.data.dataset import Dataset
+from llmtune.data.epochs import Epochs
 from llmtune.data.example import IGNORED
-from llmtune.data.packing import Plan, plan_epoch
+from llmtune.data.packing import plan_epoch
 
 HostBatch = dict[str, np.ndarray]
 
@@ -32,7 +34,6 @@ class BatchSource:
     shuffle: bool
     steps: int
     share: Sequence[int] | None = None
-    plans: dict[int, Plan] = field(default_factory=dict)  # by epoch, as they are needed
 
     def __len__(self) -> int:
         return self.steps
@@ -43,14 +44,13 @@ class BatchSource:
 
     def _row(self, index: int) -> np.ndarray:
         """The examples of global row `index`; epochs follow each other without a gap."""
-        epoch = 0
-        while index >= len(plan := self._plan(epoch)):
-            index, epoch = index - len(plan), epoch + 1
-        return plan.row(index)
+        plan, row = self._epochs.row(index)
+        return plan.row(row)
 
-    def _plan(self, epoch: int) -> Plan:
-        if epoch not in self.plans:  # two threads may compute the same plan: it is the same plan
-            self.plans[epoch] = plan_epoch(
+    @functools.cached_property
+    def _epochs(self) -> Epochs:
+        return Epochs(
+            lambda epoch: plan_epoch(
                 self.dataset.lengths,
                 self.sequence_length,
                 seed=self.seed,
@@ -59,20 +59,19 @@ class BatchSource:
                 shuffle=self.shuffle,
                 mixture=self.dataset.mixture,
             )
-        return self.plans[epoch]
+        )
 
     def epoch(self, step: int) -> float:
         """Passes over the data after so many steps."""
-        index, epoch = step * self.batch_size, 0
-        while index >= len(plan := self._plan(epoch)):
-            index, epoch = index - len(plan), epoch + 1
-        return epoch + index / len(plan)
+        return self._epochs.passed(step * self.batch_size)
 
     def rows_in(self, epochs: float) -> int:
         """Rows of that many epochs, rounded up."""
         whole = int(epochs)
-        rest = int(np.ceil((epochs - whole) * len(self._plan(whole)))) if epochs > whole else 0
-        return sum(len(self._plan(epoch)) for epoch in range(whole)) + rest
+        before = self._epochs.rows_before(whole)
+        if epochs == whole:
+            return before
+        return before + int(np.ceil((epochs - whole) * (self._epochs.rows_before(whole + 1) - before)))
 
 
 def assemble(rows: list[np.ndarray], dataset: Dataset, sequence_length: int) -> HostBatch:

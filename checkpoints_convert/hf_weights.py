@@ -15,7 +15,7 @@ from checkpoints_convert.hf_multimodal import carried, stored_names, text_tower
 from checkpoints_convert.hf_names import Tensor, tensors
 from checkpoints_convert.placing import place, place_encoded
 from checkpoints_convert.safetensors_reader import Described, WeightDirectory, Weights, open_directory
-from checkpoints_convert.safetensors_writer import Entry, new_directory, write_json, write_shards
+from checkpoints_convert.safetensors_writer import Entry, new_directory, take_part, write_json, write_shards
 from checkpoints_convert.stacks import depths, in_stacks
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
@@ -124,6 +124,8 @@ def save_directory(
 
     Each tensor is written in `dtype`; where that is None in the dtype that `source` stores it in, or `stored_dtype`. Files
     of later companions replace those of earlier ones; `complete` is called last, before the directory appears.
+
+    Of several processes all call this, and the first writes.
     """
     stored = None if source is None else open_directory(source)
     on_disk = {} if stored is None else {name: i.dtype for name, i in text_tower(stored, config).tensors.items()}
@@ -137,6 +139,8 @@ def save_directory(
     if config.tie_word_embeddings and "lm_head.weight" in on_disk:  # the source stores the tied head again: so do we
         embed = entries[0]
         entries.append(Entry(names["lm_head.weight"], embed.dtype, embed.shape, embed.produce))
+    if jax.process_index() > 0:
+        return take_part(entries)
     entries += carried(stored, config)
     with new_directory(path, sum(entry.nbytes for entry in entries)) as partial:
         write_shards(partial, entries, max_shard_bytes=max_shard_bytes, progress=progress)

@@ -15,6 +15,7 @@ import llmtune
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from llmtune.export_command import add_export
+from llmtune.failures import refuse, tell
 from llmtune.plan_command import add_plan
 from llmtune.redaction import redact
 from llmtune.train_command import add_train
@@ -39,21 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `llmtune inspect ... | head`: who reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.UNREAD
-    except LlmtuneError as error:
-        return _refuse(str(error), error.exit_code)
-    except ValueError as error:
-        from llmtune.sharding import ShardingError
-
-        if not isinstance(error, ShardingError):
-            raise
-        return _refuse(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt as error:
         print(f"interrupted{getattr(options, 'interrupted', '')}", file=sys.stderr)
         return getattr(error, "exit_code", exit_codes.INTERRUPTED)
+    except Exception as error:
+        code = tell(error)
+        if code is None:
+            raise
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,7 +174,7 @@ def _generate(options: argparse.Namespace) -> int:
     from llmtune.model import load
 
     if not options.chat and (options.system, options.chat_template) != (None, None):
-        return _refuse("--system and --chat-template belong to --chat; add it")
+        return refuse("--system and --chat-template belong to --chat; add it")
     console = Console(stderr=True)  # the spinner shows in a terminal only; completions alone go to stdout
     with console.status(f"reading {escape(options.model)}") as status:
         model = load(options.model, adapters=options.adapter, dtype=options.dtype, strategy=options.strategy)
@@ -277,11 +271,6 @@ def _report(options: argparse.Namespace) -> int:
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Of a defect, as ever, but for secrets in its text."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
-
-
-def _refuse(message: str, code: int = exit_codes.USAGE) -> int:
-    print(f"llmtune: error: {redact(' '.join(message.splitlines()))}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

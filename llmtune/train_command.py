@@ -17,6 +17,7 @@ from typing import Any
 
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneConfigError
+from llmtune.failures import tell
 
 
 def add_train(commands: Any) -> None:
@@ -91,7 +92,7 @@ def _train(options: argparse.Namespace) -> int:
             arguments, grace = _passed_on(options), run.safeguards.heartbeat_seconds + 10
             say = functools.partial(print, flush=True)  # between the lines of its processes
             return Supervisor(arguments, Path(run.output), processes or 1, options.restarts, grace, say).run(stop)
-        from llmtune.training.joining import Place, end_with_parent, join
+        from llmtune.training.joining import Place, end_with_parent, ending_at_once, join
         from llmtune.training.loop import train
 
         end_with_parent()
@@ -101,7 +102,10 @@ def _train(options: argparse.Namespace) -> int:
         alone = options.processes is None or processes == 1
         place = Place(options.coordinator, processes, options.process)
         guards = run.safeguards
-        with contextlib.nullcontext() if alone else join(place, guards.heartbeat_seconds, guards.join_seconds):
+        with contextlib.ExitStack() as together:
+            if not alone:
+                together.enter_context(ending_at_once(tell))
+                together.enter_context(join(place, guards.heartbeat_seconds, guards.join_seconds))
             train(run, stop=stop, profile=profile)
     return exit_codes.DONE
 

@@ -52,6 +52,14 @@ settle() { # checks what was given; `nodes`: the slices by name, `where`: what t
   fi
 }
 
+only_shared() { # ARGUMENTS: of a script that has no options of its own
+  while (($#)); do
+    shared_option "$@"
+    shift "$taken"
+  done
+  settle
+}
+
 show() { # COMMAND ...: as it could be typed
   local words
   printf -v words '%q ' "$@"

@@ -9,11 +9,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-while (($#)); do
-  shared_option "$@"
-  shift "$taken"
-done
-settle
+only_shared "$@"
 
 if [[ -n $queued ]]; then
   run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet

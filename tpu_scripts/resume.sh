@@ -16,7 +16,10 @@ while (($#)); do
     --) break ;;
     --share) share=$(value "$@"); shift 2 ;;
     --every) every=$(value "$@"); shift 2 ;;
-    --type | --version | --valid-for) create+=("$1" "$(value "$@")"); shift 2 ;;
+    --type | --version | --valid-for)
+      given=$(value "$@") # not within the parentheses, where its failure would be lost
+      create+=("$1" "$given")
+      shift 2 ;;
     --spot | --reserved) create+=("$1"); shift ;;
     *) shared_option "$@"; shift "$taken" ;;
   esac

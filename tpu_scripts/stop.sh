@@ -9,10 +9,6 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-while (($#)); do
-  shared_option "$@"
-  shift "$taken"
-done
-settle
+only_shared "$@"
 
 everywhere "kill -TERM \$(cat llmtune.pid)"

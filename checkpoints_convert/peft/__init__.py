@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from checkpoints_convert.peft import bottleneck, lora, vectors, virtual, whole
 from checkpoints_convert.peft.directory import CONFIG, WEIGHTS, PeftDirectory, open_peft
 from checkpoints_convert.safetensors_header import read_header
 from checkpoints_convert.safetensors_reader import WeightDirectory
-from checkpoints_convert.safetensors_writer import Entry, new_directory, write_file, write_json
+from checkpoints_convert.safetensors_writer import Entry, new_directory, take_part, write_file, write_json
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 
@@ -98,6 +100,7 @@ def write_adapter(
     """A directory that peft loads. `values`: of the method's kind.
 
     `whole_paths`: of weights that `fetch` gives, which replace the base's. `complete` is called before the directory appears.
+    Of several processes all call this, and the first writes.
     """
     entries, own = METHODS[method].write(values, config)
     adapted = METHODS[method].adapted(values)
@@ -114,7 +117,10 @@ def write_adapter(
     }
     if config.tie_word_embeddings and "embed/table" in whole_paths:
         settings["ensure_weight_tying"] = True
+    entries = sorted(entries, key=lambda entry: entry.name)
+    if jax.process_index() > 0:
+        return take_part(entries)
     with new_directory(directory, sum(entry.nbytes for entry in entries)) as partial:
-        write_file(partial / WEIGHTS, sorted(entries, key=lambda entry: entry.name))
+        write_file(partial / WEIGHTS, entries)
         write_json(partial / CONFIG, settings)
         complete(partial)

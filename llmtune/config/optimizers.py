@@ -51,7 +51,8 @@ class OptimizerSection:
             require(0 <= value < 1, f"optimizer.{name}", f"{value} must lie in [0, 1)")
         for rule, rate in self.rates.items():
             require(0 <= rate < math.inf, f"optimizer.rates.{rule}", f"{rate} must be 0 or more")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", f"{self.warmup_steps} must be 0 or more")
+        warmup = self.warmup_steps
+        require(0 <= warmup < 2**31, "optimizer.warmup_steps", f"{warmup} must lie in 0..2147483647")
         clip = self.clip_norm
         require(clip is None or clip > 0, "optimizer.clip_norm", "must be positive, or null for none")
 

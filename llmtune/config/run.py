@@ -108,6 +108,13 @@ def check(run: Run) -> None:
     check_continuing(run.continue_from, run.output, require)
     run.optimizer.check(require)
     check_train(run.train, require)
+    tokens = run.train.batch_size * run.data.sequence_length
+    require(
+        tokens < 2**31,
+        "train.batch_size",
+        f"{run.train.batch_size} rows of data.sequence_length {run.data.sequence_length} are {tokens:,} tokens in a step, "
+        "which counts up to 2147483647",
+    )
     check_divergence(run.divergence, require)
     check_regularize(run.regularize, run.average, run.early_stopping, require)
     if run.early_stopping is not None and run.early_stopping.metric.startswith("eval_"):

@@ -150,7 +150,33 @@ def load_strategy(name: str, directory: Path) -> Strategy:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in directory.glob("*.yaml")))
         raise ShardingError(f"sharding.strategy: no strategy {name!r}; known: {known}, or the path of a YAML file")
-    return strategy_from_table(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    return strategy_from_table(path.stem, _read_table(path))
+
+
+def _read_table(path: Path) -> Mapping[str, object]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node, table = yaml.compose(text), yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ShardingError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise ShardingError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if table is None:
+        raise ShardingError(f"{path}: empty; a strategy has `about`, `axes`, `gather` and `state`")
+    if not isinstance(table, dict):
+        raise ShardingError(f"{path}: a mapping is expected; a strategy has `about`, `axes`, `gather` and `state`")
+    for twice in _keys_given_twice(node):
+        raise ShardingError(f"{path}: the key {twice!r} stands twice; remove one of them")
+    return table
+
+
+def _keys_given_twice(node: yaml.Node | None) -> Iterator[str]:
+    """Those of a mapping and of the mappings in it, of which YAML would take the last without a word."""
+    if isinstance(node, yaml.MappingNode):
+        names = [name.value for name, _ in node.value]
+        yield from (name for place, name in enumerate(names) if name in names[:place])
+        for _, inner in node.value:
+            yield from _keys_given_twice(inner)
 
 
 def _mesh_axes(name: str, value: object) -> MeshAxes:
@@ -166,4 +192,8 @@ def _mesh_axes(name: str, value: object) -> MeshAxes:
     unknown = [axis for axis in given if axis not in MESH_AXES]
     if unknown:
         raise ShardingError(f"strategy {name}: unknown mesh axis {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
+    if len(set(given)) < len(given):
+        raise ShardingError(
+            f"strategy {name}: {list(given)} names a mesh axis twice; what is split over it is split once"
+        )
     return given

@@ -56,6 +56,12 @@ def describe(
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")
+    steps, warmup = data.steps(run), run.optimizer.warmup_steps
+    if warmup >= steps:
+        display.note(
+            f"note: the learning rate never reaches its peak: optimizer.warmup_steps {warmup} of the run's {steps} steps; give "
+            f"fewer, such as {steps // 10}"
+        )
     rows = run.train.batch_size
     extra = -rows % program.row_multiple
     if extra:

@@ -14,6 +14,7 @@ from typing import Any
 from llmtune import pretrained
 from llmtune.data import RunData
 from llmtune.tokenizers import write_chat_template
+from llmtune.training.processes import is_first, wait_for_all
 from llmtune.training.vocabulary import Vocabulary
 from llmtune.transforms import not_mergeable
 
@@ -32,15 +33,17 @@ def export_run(
 ) -> dict[str, Path]:
     """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
-    Where the adapter cannot be merged there is no model, and what would lie beside it lies with the adapter.
+    Where the adapter cannot be merged there is no model, and what would lie beside it lies with the adapter. Of several
+    processes all take part, the first writes, and none goes on before all is there.
 
     The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
     of weights that trained in whole beside the adapter, which therefore belong to it. `base`: see `pretrained.save`.
     `papers(directory, kind)` puts the card of a model or of an adapter into its directory.
     """
     paths = {"model": directory / "model", "adapter": directory / "adapter"}
-    for path in paths.values():
-        shutil.rmtree(path, ignore_errors=True)
+    if is_first():
+        for path in paths.values():
+            shutil.rmtree(path, ignore_errors=True)
     merged = not_mergeable(params) is None
     tokenizer = vocabulary.tokenizer
 
@@ -72,7 +75,8 @@ def export_run(
         pretrained.save_adapter(
             paths["adapter"], params, source, whole=whole, tokenizer=home, complete=complete_adapter
         )
-    return {kind: path for kind, path in paths.items() if path.is_dir()}
+    wait_for_all("the export is there")
+    return {kind: paths[kind] for kind, written in (("model", merged), ("adapter", adapted)) if written}
 
 
 def write_ends(directory: Path, ends: Sequence[int], *, known: bool) -> None:

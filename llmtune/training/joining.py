@@ -8,9 +8,10 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -118,9 +119,35 @@ def _host(place: Place) -> str:
     """Where the others reach process 0: as they were told, or by what it calls itself."""
     if place.coordinator is not None:
         return place.coordinator.rpartition(":")[0].strip("[]")
-    own = socket.gethostbyname(socket.gethostname()).encode()
-    told = multihost_utils.broadcast_one_to_all(np.array([*own.ljust(64)], np.uint8))
+    told = multihost_utils.broadcast_one_to_all(np.array([*_own_name().encode().ljust(256)], np.uint8))
     return bytes(told.tolist()).decode().strip()
+
+
+def _own_name() -> str:
+    """This machine's address; its name where the address says "here" alone, as /etc/hosts of many Linux systems has it."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        return name if address.startswith("127.") else address
+    return name
+
+
+@contextlib.contextmanager
+def ending_at_once(tell: Callable[[BaseException], int | None]) -> Iterator[None]:
+    """An error of one process of several ends it here: at Python's end JAX would wait for the others, who wait for this one.
+
+    Its exit code is its own, which says whether starting again helps. `tell`: see `llmtune.failures`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        code = tell(error)
+        if code is None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        os._exit(1 if code is None else code)
 
 
 def end_with_parent() -> None:

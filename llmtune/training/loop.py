@@ -29,10 +29,11 @@ from llmtune.training.early_stopping import Plateau
 from llmtune.training.evaluate import Evaluator
 from llmtune.training.export import export_run
 from llmtune.training.facts import Session, run_facts, session_facts
+from llmtune.training.figures import require_figure
 from llmtune.training.merging import merge_base, report_merge
 from llmtune.training.meter import Meter
-from llmtune.training.processes import highest, is_first, wait_for_all, written_once
-from llmtune.training.program import Program, build_program
+from llmtune.training.processes import highest, is_first, wait_for_all
+from llmtune.training.program import Program, build_program, row_multiple
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
 from llmtune.training.stopping import Interrupted, Stop
@@ -63,12 +64,12 @@ def train(
             source.directory, run.model, stated=run.export.license, accepted=run.export.accept_license,
             name=run.export.name, default_name=Path(run.output).name,
         )  # fmt: skip
+        _, declared = declare_base(run, source.config)
+        mesh, strategy = choose_layout(run.sharding, declared, devices)
+        row_multiple(run, mesh, strategy)  # refuses a layout before anything is read
         display.phase("tokenising", total=None)
         data = load_data(run, source.config, source.tokenizer_directory, display.advance)
         steps = data.steps(run)
-
-        _, declared = declare_base(run, source.config)
-        mesh, strategy = choose_layout(run.sharding, declared, devices)
         earlier = find_earlier(run, source.digest)
         directory = claim(run, data.digest, source.digest)
 
@@ -105,11 +106,10 @@ def train(
                 display.phase("exporting", total=None)
                 params = combine(program.exported(state), program.frozen)
                 adapted = has_adapter(run.adapt)
-                with written_once(directory.export) as export:
-                    exports = export_run(
-                        export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
-                        base=merge_base(run, source), papers=papers_of(run, directory, found, source.digest),
-                    )  # fmt: skip
+                exports = export_run(
+                    directory.export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
+                    base=merge_base(run, source), papers=papers_of(run, directory, found, source.digest),
+                )  # fmt: skip
                 if run.quantize is not None and "model" in exports:  # else nothing was merged
                     session.note(merge=report_merge(run, source, params, program, data, exports["model"], display))
         summary = Summary(directory.path, steps, before, after, exports)
@@ -140,7 +140,7 @@ def run_steps(
     if first >= steps:
         return state
     earlier = evaluator.directory.metrics.rows() if first and run.early_stopping is not None else []
-    plateau = Plateau(run.early_stopping, (row for row in earlier if row["step"] <= first))
+    plateau = Plateau(run.early_stopping, (row for row in earlier if row["step"] <= first))  # cut later, at this step
     if plateau.is_reached:
         return state
     directory = evaluator.directory
@@ -177,8 +177,12 @@ def run_steps(
                 with watchdog.paused():
                     state = go_back(checkpoints, state, program)
             display.advance(1, step_status(row))
-            last = plateau.see(row, evaluated="eval_loss" in row) or number == steps
-            stopping, failed = highest([stop.signal, checkpoints.has_failed()])
+            last = plateau.see(row) or number == steps
+            if run.checkpoint.best is not None:
+                require_figure("checkpoint.best.metric", run.checkpoint.best.metric, row)
+            stopping, failed, last = highest(
+                [stop.signal, checkpoints.has_failed(), last]
+            )  # a plateau of seconds is not shared
             with watchdog.paused():
                 if last or stopping:
                     checkpoints.finish(number, state, row)

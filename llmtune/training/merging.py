@@ -24,7 +24,7 @@ from llmtune.models.decoder import declare
 from llmtune.models.language_model import LanguageModel
 from llmtune.training.display import Display
 from llmtune.training.files import write_whole
-from llmtune.training.processes import is_first
+from llmtune.training.processes import highest, is_first
 from llmtune.training.program import Program
 
 LENGTH = 128  # tokens of a row that are compared
@@ -65,7 +65,8 @@ def report_merge(
 def _moved(run: Run, params: Any, program: Program, data: RunData, model: Path) -> dict[str, Any] | None:
     """Logits of the exported directory beside those of the trained weights, both computed in float32; None: no room."""
     source = pretrained.open_source(str(model))
-    if not _fits(source.weight_bytes, program):
+    (short,) = highest([not _fits(source.weight_bytes, program)])
+    if short:
         return None
     graphdef, declared = declare(source.config)
     merged = pretrained.load(source, declared, program.mesh, program.strategy, dtype=None)

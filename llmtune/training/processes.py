@@ -3,13 +3,10 @@
     if is_first():
         write_report(directory)
 
-Checkpoints are not among it: there every process writes its part.
+Checkpoints are not among it: there every process writes its part. An export takes all of them to produce, and one to write.
 """
 
-import contextlib
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -33,16 +30,6 @@ def highest(values: Sequence[int]) -> list[int]:
     if jax.process_count() == 1:
         return list(values)
     return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
-
-
-@contextlib.contextmanager
-def written_once(directory: Path) -> Iterator[Path]:
-    """Where to write what takes all processes to produce: the first one's is kept, the others' is thrown away."""
-    if is_first():
-        yield directory
-    else:
-        with tempfile.TemporaryDirectory(prefix="llmtune-") as scratch:
-            yield Path(scratch)
 
 
 def held_rows(layout: NamedSharding, rows: int) -> np.ndarray:

@@ -120,7 +120,7 @@ def build_program(
     `begin`: from the weights that train, as read, to those that training begins with. The state is not kept in the program: it
     is donated step by step, and a resumed run needs no second copy.
     """
-    row_multiple(run, mesh, strategy)  # refuses before anything is read
+    row_multiple(run, mesh, strategy)  # refuses a layout before anything is read
     weights = prepare_weights(run, source, mesh, strategy, progress)
     program, optimizer, revisions = assemble(run, weights, steps, mesh, strategy)
     return program, init_state(begin(weights.trainable), optimizer, revisions)

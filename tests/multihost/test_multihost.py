@@ -1,6 +1,7 @@
 """Two processes of four devices are one of eight: curve, rows, what is read of the weights, checkpoints, exports."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -25,23 +26,24 @@ class Ground:
         self.path, self.model = path, stories
         self.rows = write_rows(path / "rows.jsonl", *batches)
 
-    def config(self, name, strategy, mesh, adapt):
+    def config(self, name, strategy, mesh, adapt, quantize=None):
         data = {"train": str(self.rows), "format": "tokens", "sequence_length": 64, "packing": False, "shuffle": False}
         run_config(
-            self.path, self.model, self.rows, name, data=data, adapt=adapt,
+            self.path, self.model, self.rows, name, data=data, adapt=adapt, quantize=quantize,
             train={"steps": STEPS, "batch_size": ROWS, "dtype": "float32"}, evaluate={"every": None},
             sharding={"strategy": strategy, "mesh": mesh}, checkpoint={"every": 2, "keep": 2},
         )  # fmt: skip
         return self.path / f"{name}.yaml"
 
-    def one(self, name, strategy, mesh, adapt, devices=8):
+    def one(self, name, strategy, mesh, adapt, quantize=None, devices=8):
         """The directory of the run by one process of so many devices."""
-        run = llmtune.load_run(self.config(name, strategy, mesh, adapt))
+        run = llmtune.load_run(self.config(name, strategy, mesh, adapt, quantize))
         llmtune.train(run, devices=jax.devices()[:devices])
         return Path(run.output)
 
 
-RUNS = {"whole": ("fsdp", {"fsdp": 8}, None), "across": ("context", ACROSS, LORA)}
+NF4 = {"base": "nf4"}
+RUNS = {"whole": ("fsdp", {"fsdp": 8}, None), "across": ("context", ACROSS, LORA, NF4)}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,12 @@ def test_two_processes_follow_the_curve_of_one(ground, two):
 
 
 def test_two_processes_that_divide_the_sequence_follow_the_curve_of_one_device(ground, two):
-    assert_same_curve(ground.path / "across", ground.one("across-one", "fsdp", {"fsdp": 1}, LORA, devices=1))
+    assert_same_curve(ground.path / "across", ground.one("across-one", "fsdp", {"fsdp": 1}, LORA, NF4, devices=1))
+
+
+def test_what_a_quantised_run_of_two_processes_was_merged_into_is_told(ground, two):
+    told = json.loads((ground.path / "across" / "export" / "model" / "merge.json").read_text())
+    assert told["logits"]["tokens"] > 0 and told["logits"]["kl"] < 1e-4
 
 
 def test_each_process_reads_its_share_of_the_rows(ground, two, batches):

@@ -88,6 +88,21 @@ def test_a_table_with_a_typing_error_is_refused(table, said):
         strategy_from_table("mine", table)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"axes: [1, 2", "not valid YAML"), (b"\xff\xfe", "not UTF-8"), (b"- a\n- b\n", "a mapping is expected"),
+     (b"", "empty; a strategy has"), (b"axes: {batch: fsdp}\naxes: {batch: data}\n", "the key 'axes' stands twice"),
+     (b"axes: {embed: fsdp, embed: data}\n", "the key 'embed' stands twice"),
+     (b"axes: {embed: [fsdp, fsdp]}\n", "names a mesh axis twice")],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_one_line(tmp_path, content, said):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ShardingError, match=said) as refused:
+        load_strategy(str(path), configs_directory() / "strategies")
+    assert "\n" not in str(refused.value)
+
+
 class OnSlice:
     """A device that says which slice it is on, as those of TPU pods do."""
 

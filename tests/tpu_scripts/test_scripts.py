@@ -60,6 +60,7 @@ MISTAKES = [
     (["launch.sh", "pod", "--", "none.yaml"], "none.yaml: there is no such file here"),
     (["logs.sh", "pod", "--slice", "1"], "--slice 1: there are 1, counted from 0"),
     (["resume.sh", "pod", "--type", "v6e-8", "--", CONFIG], "no --share was given, which install.sh needs"),
+    (["resume.sh", "pod", "--type", "--spot", *SHARE, "--", CONFIG], "--type needs a value; --help says which"),
     (["fetch.sh", "pod", "runs/llama"], "give NAME, RUN and DESTINATION, in this order; --help says what they are"),
 ]  # fmt: skip
 TOP = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "common.sh")

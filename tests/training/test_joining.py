@@ -9,13 +9,27 @@ import pytest
 
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneConfigError
-from llmtune.training.joining import Place, _absent, join
+from llmtune.training.joining import Place, _absent, _own_name, join
 from tests.conftest import ROOT
 
 JOIN = """
 import sys
 from llmtune.training.joining import Place, join
 join(Place(sys.argv[1], 2, int(sys.argv[2])), 10.0, 0.5)
+"""
+
+
+FAIL = """
+import sys
+from llmtune.errors import LlmtuneConfigError
+from llmtune.failures import tell
+from llmtune.training.joining import Place, ending_at_once, join
+from llmtune.training.processes import wait_for_all
+with ending_at_once(tell), join(Place(sys.argv[1], 2, int(sys.argv[2])), 60.0, 120.0):
+    wait_for_all("both are here")
+    if sys.argv[2] == "1":
+        raise LlmtuneConfigError("model: a mistake")
+    wait_for_all("for ever")
 """
 
 
@@ -41,6 +55,34 @@ def test_a_process_that_waits_in_vain_says_what_to_check(closed, index):
     ]
     assert done.returncode == exit_codes.RETRY and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"llmtune: error: {line} after 0.5 s (safeguards.join_seconds)")
+
+
+def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(closed):
+    """Long before a heartbeat of 60 s is missed: the other hears of it by the connection."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAIL, closed, str(index)],
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=50)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [exit_codes.RETRY, exit_codes.USAGE]
+    assert (
+        "process 1 of 2 is lost (its connection broke)" in said[0] and "llmtune: error: model: a mistake\n" in said[1]
+    )
+
+
+def test_the_others_are_told_a_name_where_the_address_is_of_this_machine_alone(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    for address, told in (("127.0.1.1", "node7"), ("10.0.0.7", "10.0.0.7")):
+        monkeypatch.setattr(socket, "gethostbyname", lambda name, own=address: own)
+        assert _own_name() == told
 
 
 def test_who_is_missing_is_said_as_far_as_it_is_known(closed):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import llmtune
 from llmtune.config import Run
 from llmtune.config.data import Data
-from llmtune.training.processes import written_once
+from llmtune.pretrained import source
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.trackers import open_trackers
 from tests.runs import read_curve, run_config
@@ -38,9 +38,18 @@ def test_the_first_process_alone_writes(monkeypatch, tmp_path, index):
     with open_trackers(run, RunDirectory(tmp_path), 0, print) as tracker:
         tracker.log({"step": 1, "loss": 2.0})
     assert sorted(path.name for path in tmp_path.iterdir()) == ([] if index else ["metrics.jsonl", "tensorboard"])
-    with written_once(tmp_path / "export") as export:
-        export.mkdir(exist_ok=True)
-    assert export.exists() == (index == 0)
+
+
+def test_an_export_takes_all_processes_and_the_first_writes(monkeypatch, stories, tmp_path):
+    """What is spread over processes is put together by all of them: they ask for the same, in the same order."""
+    model, asked, on_host = llmtune.load(stories), [], source.on_host
+    monkeypatch.setattr(source, "on_host", lambda array: (asked.append(array.shape), on_host(array))[1])
+    model.save(tmp_path / "first")
+    first, asked[:] = [*asked], []
+    be(monkeypatch, 1, count=1)
+    model.save(tmp_path / "second")
+    assert asked == first and len(first) > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 @pytest.mark.nightly

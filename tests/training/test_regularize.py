@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import llmtune
+from llmtune.config.checkpoint import Best, Checkpoint
 from llmtune.config.regularize import EarlyStopping
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
@@ -18,7 +19,7 @@ from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss
 from llmtune.objectives.regularized import regularized_loss
 from llmtune.sharding import REPLICATED, make_mesh
-from llmtune.training.early_stopping import Plateau, is_over
+from llmtune.training.early_stopping import Plateau
 from llmtune.weights import materialize
 from llmtune.weights.noisy import with_noise
 from tests.runs import run_config, write_rows
@@ -99,21 +100,30 @@ def test_noise_on_embeddings_is_that_of_neftune(model):
 
 @pytest.mark.parametrize(
     ("values", "over"),
-    [([3, 2, 1], False), ([1, 2, 3], True), ([3, 2.95, 2.93], True), ([3, 2.95, 2.8], False), ([1, 2], False)],
-)
+    [([3, 2, 1], False), ([1, 2, 3], True), ([3, 2.95, 2.93], True), ([3, 2.95, 2.8], False), ([1, 2], False),
+     ([np.nan, 3, 2], False), ([3, np.nan, np.nan], True)],
+)  # fmt: skip
 def test_a_plateau_is_where_nothing_got_better(values, over):
     rule = EarlyStopping(patience=2, min_delta=0.1)
     rows = [{"step": n, "eval_loss": value} for n, value in enumerate(values)]
-    assert is_over(rule, rows) == over
+    assert Plateau(rule, rows).is_reached == over
     opposite = dataclasses.replace(rule, mode="max")
-    assert is_over(opposite, [{**row, "eval_loss": -row["eval_loss"]} for row in rows]) == over
+    assert Plateau(opposite, [{**row, "eval_loss": -row["eval_loss"]} for row in rows]).is_reached == over
     resumed = Plateau(rule, rows[:1])
-    assert [resumed.see(row, evaluated=True) for row in rows[1:]][-1] == over
+    assert [resumed.see(row) for row in rows[1:]][-1] == over
 
 
 def test_a_metric_that_is_none_is_named():
     with pytest.raises(llmtune.LlmtuneError, match=r"early_stopping.metric: 'los' is no figure.*there are step, loss"):
-        Plateau(EarlyStopping(metric="los"), []).see({"step": 1, "loss": 2.0}, evaluated=False)
+        Plateau(EarlyStopping(metric="los"), []).see({"step": 1, "loss": 2.0})
+
+
+def test_what_comes_now_and_then_is_waited_for():
+    """Held-out figures, and those of one source of a mixture, of which a batch may have none."""
+    for metric in ("eval_loss", "loss/stories"):
+        assert not Plateau(EarlyStopping(metric=metric, patience=1), []).see({"step": 1, "loss": 2.0})
+    with pytest.raises(llmtune.LlmtuneError, match=r"early_stopping.metric: 'eval_los' is no figure"):
+        Plateau(EarlyStopping(metric="eval_los"), []).see({"step": 1, "loss": 2.0, "eval_loss": 2.0})
 
 
 def test_everything_at_once_trains_averages_and_stops_early(stories, batches, tmp_path):
@@ -123,6 +133,9 @@ def test_everything_at_once_trains_averages_and_stops_early(stories, batches, tm
         regularize={"neftune": 5.0, "label_smoothing": 0.1, "z_loss": 1e-4, "l2_start": 0.1, "kl_start": 0.5},
         average={"decay": 0.5}, early_stopping={"metric": "loss", "mode": "max", "patience": 4, "min_delta": 100.0},
     )  # fmt: skip
+    typo = dataclasses.replace(run, output=str(tmp_path / "typo"), checkpoint=Checkpoint(best=Best("los")))
+    with pytest.raises(llmtune.LlmtuneError, match=r"checkpoint.best.metric: 'los' is no figure"):
+        llmtune.train(typo, devices=jax.devices()[:1])
     llmtune.train(run, devices=jax.devices()[:1])
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5  # the first, and four that were not better

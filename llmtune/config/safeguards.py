@@ -30,4 +30,5 @@ def check_safeguards(safeguards: Safeguards, require: Callable[[bool, str, str],
     """Raises LlmtuneConfigError naming the key."""
     for name in ("hang_seconds", "heartbeat_seconds", "join_seconds"):
         value = getattr(safeguards, name)
-        require(value is None or 0 < value < LONGEST, f"safeguards.{name}", f"{value} must lie between 0 and {LONGEST}")
+        require(value is None or value > 0, f"safeguards.{name}", f"{value} must be positive")
+        require(value is None or value <= LONGEST, f"safeguards.{name}", f"{value} is more than {LONGEST} seconds")

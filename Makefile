@@ -6,7 +6,9 @@ CONSTRAINTS := $(wildcard constraints/python$(MINOR).txt)
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint nightly reliability starter docs clean python
+GPU_TESTS ?= tests/gpu tests/parity/test_logits.py tests/parity/test_gradients.py tests/parity/test_generation.py
+
+.PHONY: quickstart test lint nightly gpu reliability starter docs clean python
 
 quickstart: .venv/installed  ## fine-tune the embedded starter model and show what changed
 	.venv/bin/llmtune train configs/recipes/quickstart.yaml
@@ -19,6 +21,9 @@ test: .venv-test/installed  ## everything that must hold for a change to land
 
 nightly: .venv-test/installed  ## the full grids
 	.venv-test/bin/python -m pytest -q -m nightly
+
+gpu: .venv-test/installed  ## the kernels of NVIDIA GPUs, and parity with transformers on one
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false .venv-test/bin/python -m pytest -q -n 6 -k "not devices and not sharded" $(GPU_TESTS)
 
 reliability: .venv-test/installed  ## kills, damage, full disks, hangs at full size; writes the table of docs/reliability.md
 	.venv-test/bin/python -m tests.reliability $(SIZE)

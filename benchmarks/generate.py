@@ -55,8 +55,10 @@ def prepare_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[],
 
     device = "cuda" if settings["device"] == "gpu" else "cpu"
     dtype = getattr(torch, settings["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype, attn_implementation="sdpa")
-    model = model.to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=dtype, attn_implementation="sdpa", device_map=device
+    )
+    model = model.eval()
     tokens = torch.tensor(prompts(settings), device=device)
     mask = torch.ones_like(tokens)
 
@@ -79,6 +81,7 @@ def prepare_peer(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[],
 def arguments() -> argparse.ArgumentParser:
     parser = side_by_side.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="25m")
+    parser.add_argument("--keep", type=Path, help="a folder in which the model is left for the next call")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="prompts in one call")
     parser.add_argument("--length", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -90,7 +93,7 @@ def arguments() -> argparse.ArgumentParser:
 def measure(own: argparse.Namespace) -> dict[str, Any]:
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
-        model = write_model(Path(scratch) / own.shape, own.shape, own.dtype)
+        model = write_model((own.keep or Path(scratch)) / own.shape, own.shape, own.dtype)
         for batch in own.batches:
             settings = {"model": str(model), "batch": batch, "shape": own.shape, "length": own.length,
                         "new_tokens": own.new_tokens, "dtype": own.dtype, "device": own.device}  # fmt: skip

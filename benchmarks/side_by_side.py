@@ -66,6 +66,7 @@ class Worker:
     name: str
     module: str
     settings: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     peak_rss: int = 0
 
@@ -73,8 +74,11 @@ class Worker:
         command = [sys.executable, "-m", self.module, "--worker", self.name]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._tell(json.dumps(self.settings))
-        self.facts = self._hear()
         return self
+
+    def ready(self) -> None:
+        """Wait until it has prepared its work, which both sides may do at the same time."""
+        self.facts = self._hear()
 
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
@@ -105,6 +109,8 @@ class Worker:
 def compare(module: str, settings: dict[str, Any], *, pairs: int, units: float, unit: str, warmup: int = 1) -> dict:
     """Run llmtune and the peer in turn and print a line for each; `units` are done in one piece of work."""
     with Worker("llmtune", module, settings) as ours, Worker("peer", module, settings) as peer:
+        for side in (ours, peer):
+            side.ready()
         for _ in range(warmup):
             ours.work(), peer.work()
         ours.seconds.clear(), peer.seconds.clear()

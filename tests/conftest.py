@@ -1,9 +1,9 @@
-"""Eight simulated devices on the CPU, and the real assets where they are at hand."""
+"""Eight simulated devices on the CPU (or what a preset JAX_PLATFORMS names), and the real assets where they are at hand."""
 
 import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda,cpu: `make gpu`
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 COMPILED = tempfile.TemporaryDirectory(prefix="llmtune-tests-")  # programs that several tests run are compiled once

@@ -64,6 +64,8 @@ def _plan(options: argparse.Namespace) -> int:
     from llmtune.planning.text import print_plans, verdict
     from llmtune.planning.topology import parse_topology
 
+    for option in ("json", "html", "write"):
+        _require_folder(option, getattr(options, option))
     topology = parse_topology(options.topology)
     run = load_run(options.config, list(options.overrides))
     strategies = [name.strip() for name in options.strategies.split(",")] if options.strategies else []
@@ -95,3 +97,9 @@ def _plan(options: argparse.Namespace) -> int:
         write_layout(min(fitting, key=lambda plan: rank(plan.times)), Path(options.write))
         console.print(f"written: {options.write}", markup=False)
     return 0
+
+
+def _require_folder(option: str, path: str | None) -> None:
+    """Before minutes of compiling."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise LlmtuneConfigError(f"--{option}: {path} is no file in a folder that exists")

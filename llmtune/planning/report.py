@@ -8,7 +8,7 @@ import jinja2
 
 from llmtune.planning.layout import describe_mesh, device_count
 from llmtune.planning.plan import Plan
-from llmtune.planning.text import sections, verdict
+from llmtune.planning.text import amount, sections, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
 TIMES = (("compute", "compute"), ("memory", "memory"), ("chip interconnect", "ici"), ("data-center network", "dcn"))
@@ -52,11 +52,11 @@ def memory_bars(plans: Sequence[Plan]) -> list[dict[str, Any]]:
             "name": _name(plan),
             "fits": plan.fits,
             "parts": [
-                {"name": name, "share": 100 * size / longest, "text": f"{size / 1e9:,.2f} GB"}
+                {"name": name, "share": 100 * size / longest, "text": f"{amount(size / 1e9, 2)} GB"}
                 for name, size in plan.memory.items()
             ],
             "limit": 100 * plan.limit / longest,
-            "text": f"{plan.needed / 1e9:,.2f} of {plan.limit / 1e9:,.2f} GB",
+            "text": f"{amount(plan.needed / 1e9, 2)} of {plan.limit / 1e9:,.2f} GB",
         }
         for plan in plans
     ]
@@ -72,11 +72,12 @@ def time_bars(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                 {
                     "name": name,
                     "share": 100 * getattr(plan.times, own) / longest,
-                    "text": f"{1e3 * getattr(plan.times, own):,.1f} ms",
+                    "text": f"{amount(1e3 * getattr(plan.times, own), 1)} ms",
                 }
                 for name, own in TIMES
             ],
-            "text": f"{1e3 * plan.times.overlapped:,.1f} to {1e3 * plan.times.apart:,.1f} ms, MFU at most {plan.times.mfu:.0%}",
+            "text": f"{amount(1e3 * plan.times.overlapped, 1)} to {amount(1e3 * plan.times.apart, 1)} ms, MFU at most "
+            f"{plan.times.mfu:.0%}",
         }
         for plan in plans
     ]

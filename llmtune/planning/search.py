@@ -3,6 +3,7 @@
 strategies x meshes x remat policies x microbatches  --fit, by estimate-->  ranked by least time  --compile-->  the best few
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llmtune.shipped import configs_directory
 from llmtune.training.vocabulary import settle_vocabulary
 
 COMPILED = 3  # of the best by estimate
+TRIES = 3 * COMPILED  # programs compiled before it is left at those that fit
 
 
 def search(
@@ -25,7 +27,7 @@ def search(
 ) -> list[Plan]:
     """Plans of the `count` best layouts that fit, the best first; layouts that the compiler needs more for are left behind.
 
-    Raises LlmtuneConfigError where none fits, with the one that comes nearest.
+    Raises LlmtuneConfigError where none fits, with the one that comes nearest by estimate.
     """
     source, _ = settle_vocabulary(run, pretrained.open_source(run.model))
     placed = devices(topology)
@@ -43,11 +45,16 @@ def search(
             f"comes nearest, {least.memory.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB; take a larger topology or a smaller batch"
         )
     found: list[Plan] = []
-    for layout in _different(fitting):
+    for layout in itertools.islice(different(fitting), TRIES):
         plan = plan_layout(layout, compile_layout, note)
         found += [plan] if plan.fits else []
         if len(found) == count:
             break
+    if not found:
+        raise LlmtuneConfigError(
+            f"--search: {min(len(fitting), TRIES)} layouts fit {topology.name} by estimate, and none by the compiler; take "
+            "a larger topology or a smaller batch"
+        )
     return sorted(found, key=lambda plan: rank(plan.times))
 
 
@@ -56,7 +63,7 @@ def write_layout(plan: Plan, target: Path) -> None:
     target.write_text(dump_run(plan.layout.run), encoding="utf-8")
 
 
-def _different(layouts: Sequence[Layout]) -> Iterator[Layout]:
+def different(layouts: Sequence[Layout]) -> Iterator[Layout]:
     """The layouts in order, of each table and mesh the best one first, and the others only after all those.
 
     Strategies that come to the same on a mesh, since they differ along axes of one device only, are one.
@@ -65,7 +72,8 @@ def _different(layouts: Sequence[Layout]) -> Iterator[Layout]:
     later = []
     for own in layouts:
         table = own.strategy
-        key = repr((sorted(table.axes.items()), table.gather, sorted(table.state.items()), own.sizes))
+        splits = [sorted((name, over) for name, over in part.items() if over) for part in (table.axes, table.state)]
+        key = repr((splits, table.gather, own.sizes))
         same = key + repr(own.run.train)
         if same not in seen:
             if key in seen:

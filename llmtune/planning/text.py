@@ -51,8 +51,8 @@ def sections(plans: Sequence[Plan]) -> list[tuple[str, Rows]]:
         memory.insert(-2, ("alive at one time", [_alive(plan) for plan in plans]))
     costs = [(plan.layout.costs, device_count(plan.layout.sizes)) for plan in plans]
     work = [
-        ("model TFLOP", [f"{own.model_flops / count / TERA:,.1f}" for own, count in costs]),
-        ("computed TFLOP", [f"{own.computed_flops / count / TERA:,.1f}" for own, count in costs]),
+        ("model TFLOP", [amount(own.model_flops / count / TERA, 1) for own, count in costs]),
+        ("computed TFLOP", [amount(own.computed_flops / count / TERA, 1) for own, count in costs]),
     ]
     kinds = sorted({(own.kind, own.axes) for plan in plans for own in plan.exchanged if own.wire >= 1e6})
     exchanged = [(f"{kind} over {axes}", [_exchange(plan, kind, axes) for plan in plans]) for kind, axes in kinds]
@@ -98,8 +98,13 @@ def _exchange(plan: Plan, kind: str, axes: str) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:,.2f}"
+    return amount(size / GB, 2)
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f}" if seconds else "-"
+    return amount(seconds * 1e3, 1) if seconds else "-"
+
+
+def amount(value: float, places: int) -> str:
+    """So many decimals, and of what would then be nothing two digits: small models have plans too."""
+    return f"{value:,.{places}f}" if value == 0 or abs(value) >= 10**-places else f"{value:.2g}"

@@ -102,6 +102,11 @@ def parse_topology(name: str) -> Topology:
     sides = 2 if family is None else family.sides
     if len(shape) != sides or min(*shape, slices) < 1:
         raise LlmtuneConfigError(f"--topology: {name!r} must have {sides} sides of 1 and more; forms: {KNOWN}")
+    each = chips()[chip].host_devices
+    if family is None and (slices > 1 or shape[1] > each):
+        raise LlmtuneConfigError(
+            f"--topology: {name!r}: a host of {chip} has {each} GPUs; write hosts x GPUs, such as {chip}:2x{each}"
+        )
     if family is not None and math.prod(shape) > family.pod:
         raise LlmtuneConfigError(f"--topology: {name!r} has more chips than a pod of {chip}, which has {family.pod}")
     return Topology(name, chips()[chip], shape, slices)

@@ -19,7 +19,7 @@ from llmtune.planning.mend import changes, mend
 from llmtune.planning.plan import Plan, plan_run
 from llmtune.planning.record import record
 from llmtune.planning.report import page
-from llmtune.planning.search import search, write_layout
+from llmtune.planning.search import different, search, write_layout
 from llmtune.planning.topology import devices, parse_topology
 
 pytest.importorskip("libtpu")
@@ -70,6 +70,23 @@ def test_search_says_what_comes_nearest_where_nothing_fits(starter):
         LlmtuneConfigError, match=r"nothing fits v5e:2x2; fsdp .* comes nearest, \d+\.\d GB of 16\.9 GB"
     ):
         search(run_of("llama3.1-70b"), parse_topology("v5e:2x2"), ["fsdp"], assign_step, lambda line: None)
+
+
+def test_strategies_that_come_to_the_same_on_a_mesh_are_one(starter):
+    """Over the rows alone `tensor` is `ddp`."""
+    own = [
+        laid_out(starter, "h100:8", sharding={"strategy": name, "mesh": {"data": 8}})
+        for name in ("ddp", "tensor", "zero1")
+    ]
+    assert [layout.strategy.name for layout in different(own)] == ["ddp", "zero1"]
+
+
+def test_search_says_where_the_compiler_finds_room_for_none(starter):
+    def compile_layout(layout):
+        return Compiled(1, 10**15, None, (), (), 0.0)
+
+    with pytest.raises(LlmtuneConfigError, match=r"layouts fit v5e:2x2 by estimate, and none by the compiler"):
+        search(run_of(starter), parse_topology("v5e:2x2"), ["fsdp"], compile_layout, lambda line: None)
 
 
 def test_changes_come_in_the_order_of_what_they_cost():

@@ -35,6 +35,8 @@ def test_names(name, shape, slices, wraps):
         ("v5e", "is not known"),
         ("v5e:2x2x2", "must have 2 sides"),
         ("v5e:32x32", "more chips than a pod"),
+        ("h100:8*2", "a host of h100 has 8 GPUs; write hosts x GPUs, such as h100:2x8"),
+        ("h100-16", "a host of h100 has 8 GPUs"),
         ("v5p-12", "counts 12 cores, for which no default shape is known; write the sides, e.g. v5p:4x4x4"),
     ],
 )

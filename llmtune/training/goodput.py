@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmtune.evaluation.run_files import read_object, read_rows
 from llmtune.training.files import write_whole
 
 
 def goodput(metrics: Path, after: int, wall_seconds: float, restarts: int) -> dict[str, Any]:
     """`{"training_seconds": 41.2, "wall_seconds": 49.7, "goodput": 0.829, "restarts": 3}`, of the steps after `after`."""
-    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["step"] > after]
+    rows = [row for row in read_rows(metrics) if row["step"] > after]
     training = sum(row.get("seconds") or row["tokens"] / row["tokens_per_second"] for row in rows)
     return {
         "training_seconds": round(training, 3),
@@ -29,5 +29,4 @@ def goodput(metrics: Path, after: int, wall_seconds: float, restarts: int) -> di
 def record(facts: Path, found: dict[str, Any]) -> None:
     """Into run.json, beside what the sessions wrote: they have ended."""
     if facts.exists():
-        written = json.loads(facts.read_text(encoding="utf-8"))
-        write_whole(facts, json.dumps({**written, "supervised": found}, indent=2, ensure_ascii=False) + "\n")
+        write_whole(facts, json.dumps({**read_object(facts), "supervised": found}, indent=2, ensure_ascii=False) + "\n")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.evaluation.run_files import read_rows
 from llmtune.redaction import redact
 from llmtune.training.files import write_whole, written_plainly
 
@@ -25,10 +26,7 @@ class MetricsFile:
 
     def rows(self) -> list[dict[str, Any]]:
         """All whole lines."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return read_rows(self.path)
 
     def cut_after(self, step: int) -> None:
         """Drop what was written after `step`: those updates are about to be done again."""

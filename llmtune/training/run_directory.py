@@ -31,6 +31,7 @@ from llmtune.config import Run
 from llmtune.config.file import dump_tree, flat, parse_yaml, plain
 from llmtune.data import Position
 from llmtune.errors import LlmtuneConfigError, LlmtuneError
+from llmtune.evaluation.run_files import read_object, read_sums
 from llmtune.redaction import redact_tree
 from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
@@ -136,7 +137,7 @@ class RunDirectory:
 
     def read_facts(self) -> dict[str, Any]:
         """What run.json holds; nothing where there is none."""
-        return json.loads(self.facts.read_text(encoding="utf-8")) if self.facts.exists() else {}
+        return read_object(self.facts)
 
     def require_unsaved(self) -> None:
         """Refuses a run that has saved steps, of which nothing is left: it would begin anew without a word."""
@@ -149,8 +150,7 @@ class RunDirectory:
 
     def read_evaluation(self) -> dict[str, Any]:
         """`{"before": {...}, "after": {...}}`, as far as measured."""
-        path = self.path / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_object(self.path / "evaluation.json")
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Replace evaluation.json in one step."""
@@ -158,8 +158,7 @@ class RunDirectory:
 
     def read_held_out(self, moment: str) -> np.ndarray | None:
         """float64 [2, examples]: sums of losses and of targets, as far as measured."""
-        path = self.path / "held_out" / f"{moment}.npy"
-        return np.load(path, allow_pickle=False) if path.exists() else None
+        return read_sums(self.path / "held_out" / f"{moment}.npy")
 
     def write_held_out(self, moment: str, sums: np.ndarray) -> None:
         """Replace held_out/<moment>.npy in one step."""

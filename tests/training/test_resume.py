@@ -14,6 +14,7 @@ import pytest
 import llmtune
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
+from llmtune.training.run_directory import RunDirectory
 from tests.runs import LORA_BY_DAY, curve, read_curve, run_config, write_rows
 from tests.training.interruption import StoppingDisplay, train_until
 
@@ -107,6 +108,23 @@ def test_a_changed_base_is_refused(stories, data, tmp_path):
     content[-2] ^= 1
     weights.write_bytes(content)
     train_until(run, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("run.json", RunDirectory.read_facts),
+        ("evaluation.json", RunDirectory.read_evaluation),
+        ("held_out/before.npy", lambda directory: directory.read_held_out("before")),
+        ("metrics.jsonl", lambda directory: directory.metrics.cut_after(1)),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_named_in_one_line(tmp_path, name, read):
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / name).write_bytes(b'{"step"\n')
+    with pytest.raises(LlmtuneError, match=f"{name}.*: damaged") as refused:
+        read(RunDirectory(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_directory_of_something_else_is_left_alone(stories, data, tmp_path):

@@ -1,6 +1,5 @@
 """A run directory, as the report reads it: finished, still going on, or left behind by an interruption."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from llmtune.config.file import parse_yaml
 from llmtune.errors import LlmtuneError
 from llmtune.evaluation.perplexity import HeldOut
+from llmtune.evaluation.run_files import read_object, read_rows, read_sums, read_text
 
 Row = dict[str, Any]
 MOMENTS = ("before", "after")
@@ -92,52 +92,21 @@ def read_record(path: str | Path) -> Record:
         raise LlmtuneError(f"{path}: no such directory; give the `output` of a run")
     if not config.is_file():
         raise LlmtuneError(f"{path}: no llmtune run (it has no config.yaml); give the `output` of a run")
-    tree = parse_yaml(_text(config), str(config))
+    tree = parse_yaml(read_text(config), str(config))
     if not isinstance(tree, dict) or not {"model", "output", "data"} <= tree.keys():
         raise LlmtuneError(f"{config}: not the configuration of a run; give the `output` of a run")
-    evaluation = _object(directory / "evaluation.json")
+    evaluation = read_object(directory / "evaluation.json")
     before, after = (_held_out(directory, evaluation, moment) for moment in MOMENTS)
-    facts = _object(directory / "run.json")
-    rows, sampled = (_rows(directory / name) for name in ("metrics.jsonl", "samples.jsonl"))
+    facts = read_object(directory / "run.json")
+    rows, sampled = (read_rows(directory / name) for name in ("metrics.jsonl", "samples.jsonl"))
     return Record(directory, tree, rows, facts, evaluation, before, after, sampled)
 
 
 def _held_out(directory: Path, evaluation: dict[str, Any], moment: str) -> HeldOut | None:
-    path, figures = directory / "held_out" / f"{moment}.npy", evaluation.get(moment, {})
-    if path.exists():
-        try:
-            losses, targets = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise LlmtuneError(f"{path}: damaged ({error}); delete it to go without intervals") from None
-        return HeldOut(losses, targets)
+    sums, figures = read_sums(directory / "held_out" / f"{moment}.npy"), evaluation.get(moment, {})
+    if sums is not None:
+        return HeldOut(*sums)
     if "loss" not in figures:
         return None
     tokens = float(figures["tokens"])  # of a run before examples were recorded: one sum, no interval
     return HeldOut(np.array([figures["loss"] * tokens]), np.array([tokens]))
-
-
-def _rows(path: Path) -> list[Row]:
-    """All whole lines; a killed run may leave a torn last one."""
-    lines = _text(path).split("\n")[:-1] if path.exists() else []
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return _parse(_text(path), str(path)) if path.exists() else {}
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise LlmtuneError(f"{where}: damaged (no JSON object); restore it, or delete the file to go without it")
-    return value
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise LlmtuneError(f"{path}: damaged (not UTF-8); restore it") from None

@@ -16,8 +16,10 @@ class Train:
     epochs: float | None = key("instead of steps: passes over the training rows", None)
     batch_size: int = key("rows per update, over all devices and hosts", 8)
     microbatches: int = key("pieces in which a batch is computed; divides batch_size", 1)
-    dtype: Literal["bfloat16", "float16", "float32"] = key(
-        "of matmuls and activations; weights that train stay float32", "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = key("of matmuls and activations", "bfloat16")
+    masters: Literal["float32", "bfloat16"] = key(
+        "of weights that train, as they are kept; bfloat16 is half the bytes, and rounded by chance so that no update is lost",
+        "float32",
     )
     loss_scale: float = key("float16: where the dynamic loss scale begins", 65536.0)
     loss_scale_interval: int = key("float16: steps without overflow after which it doubles", 2000)

@@ -2,6 +2,7 @@
 
 from llmtune.optimizers.choose import evaluated_weights, make_optimizer, updates_done
 from llmtune.optimizers.paths import Rates, batch_axes, rates_by_rule
+from llmtune.optimizers.rounding import rounded_by_chance, widened
 from llmtune.optimizers.schedules import make_schedule
 
 __all__ = [
@@ -11,5 +12,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "rates_by_rule",
+    "rounded_by_chance",
     "updates_done",
+    "widened",
 ]

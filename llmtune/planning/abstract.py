@@ -76,7 +76,9 @@ def abstract_weights(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
         is_leaf=lambda leaf: isinstance(leaf, ArraySpec),
     )
     layouts = state_layouts(partition(adapted, transform.trains)[0], mesh, strategy)
-    return Weights(graphdef, *partition(arrays, transform.trains), adaptation.whole, virtual, layouts)
+    trainable, frozen = partition(arrays, transform.trains)
+    trainable = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(run.train.masters)), trainable)
+    return Weights(graphdef, trainable, frozen, adaptation.whole, virtual, layouts)
 
 
 def require_whole_rows(run: Run, mesh: Mesh, strategy: Strategy) -> None:

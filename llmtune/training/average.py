@@ -19,7 +19,7 @@ def follow_average(decay: float) -> Revision:
     """Keeps the average. A step that is left out afterwards leaves it as it was."""
 
     def begin(state: TrainState) -> TrainState:
-        return replace(state, average=jax.tree.map(jnp.copy, state.trainable))
+        return replace(state, average=jax.tree.map(_copied, state.trainable))
 
     def revise(state: TrainState, proposed: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
         step = state.step.astype(jnp.float32)
@@ -30,6 +30,11 @@ def follow_average(decay: float) -> Revision:
         return replace(proposed, average=mixed), metrics
 
     return Revision(begin, revise)
+
+
+def _copied(weights: jax.Array) -> jax.Array:
+    """In float32, whatever the weights are: an average moves by less than bfloat16 can hold."""
+    return weights.astype(jnp.float32) if weights.dtype == jnp.bfloat16 else jnp.copy(weights)
 
 
 def remember_start() -> Revision:

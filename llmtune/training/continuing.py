@@ -25,7 +25,14 @@ from llmtune.training.checkpoint.manifest import DamagedError, Manifest
 from llmtune.training.run_directory import RunDirectory
 from llmtune.weights import path_name
 
-MUST_AGREE = ("adapt", "quantize", "data.add_tokens", "data.add_special_tokens", "data.pad_vocabulary_to")
+MUST_AGREE = (
+    "adapt",
+    "quantize",
+    "data.add_tokens",
+    "data.add_special_tokens",
+    "data.pad_vocabulary_to",
+    "train.masters",
+)
 TRAINABLE = "trainable/"
 
 

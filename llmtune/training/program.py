@@ -24,7 +24,7 @@ from llmtune.data import HostBatch
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.objectives.language_modeling import next_token_loss, next_token_losses
-from llmtune.optimizers import make_optimizer, make_schedule
+from llmtune.optimizers import make_optimizer, make_schedule, rounded_by_chance
 from llmtune.sharding import Strategy, axis_size
 from llmtune.training.groups import rates_and_undecayed
 from llmtune.training.processes import held_rows
@@ -136,6 +136,8 @@ def assemble(
     schedule = make_schedule(run.optimizer, steps)
     optimizer = make_optimizer(run.optimizer, schedule, *rates_and_undecayed(run, weights.trainable))
     optimizer = with_split_state(optimizer, weights.state_layouts)
+    if run.train.masters == "bfloat16":
+        optimizer = rounded_by_chance(optimizer, run.train.seed)
     bind = functools.partial(
         LanguageModel,
         weights.graphdef,

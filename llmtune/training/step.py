@@ -17,6 +17,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from llmtune.objectives.record import Batch, Model, Objective, TokenLosses
+from llmtune.optimizers import widened
 from llmtune.sharding import Strategy, spec
 from llmtune.training.average import half_squared_distance
 from llmtune.training.loss_scale import scaled
@@ -69,7 +70,9 @@ def make_train_step(
             scale = None if state.loss_scale is None else state.loss_scale.scale / batch["tokens"].size
             own = functools.partial(sums, state.start)
             gradient = jax.value_and_grad(own if scale is None else scaled(own, scale), has_aux=True)
-            (loss, (weight, figures)), grads = accumulate(gradient, microbatches, state.trainable, frozen, key, batch)
+            (loss, (weight, figures)), grads = accumulate(
+                gradient, microbatches, widened(state.trainable), frozen, key, batch
+            )
             total = jnp.maximum(weight, 1.0)
             if scale is None:
                 grads = jax.tree.map(lambda g: g / total, grads)

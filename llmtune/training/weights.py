@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from llmtune import pretrained
@@ -77,16 +78,18 @@ def check_strategy(source: pretrained.Source, virtual: int, mesh: Mesh, strategy
 def prepare_weights(
     run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy, progress: pretrained.Progress
 ) -> Weights:
-    """Load, adapt, partition. Weights that train are float32; a frozen base keeps its stored dtype."""
+    """Load, adapt, partition. Weights that train are `train.masters`; a frozen base keeps its stored dtype."""
     graphdef, declared = declare_base(run, source.config)
     adapt = choose_transform(sections(run.adapt), source, declared, grown=bool(added_tokens(run)))
     virtual = LanguageModel(graphdef, adapt.declared).decoder().virtual_tokens()
     check_strategy(source, virtual, mesh, strategy)
     if virtual:
         require_room(virtual, run.data, "adapt")
-    dtype = "float32" if run.adapt is None else None
+    dtype = run.train.masters if run.adapt is None else None
     params = build_params(
         source, declared, adapt.transform, mesh, strategy, dtype=dtype, seed=run.train.seed, progress=progress
     )
     layouts = state_layouts(partition(adapt.declared, adapt.transform.trains)[0], mesh, strategy)
-    return Weights(graphdef, *partition(params, adapt.transform.trains), adapt.whole, virtual, layouts)
+    trainable, frozen = partition(params, adapt.transform.trains)
+    trainable = jax.tree.map(lambda leaf: leaf.astype(run.train.masters), trainable)
+    return Weights(graphdef, trainable, frozen, adapt.whole, virtual, layouts)

@@ -39,6 +39,11 @@ class License:
     limits: str | None = None
 
     @property
+    def has_duties(self) -> bool:
+        """Whether a derivative must do, or must not do, something that a free licence leaves open."""
+        return (self.begins, self.notice, self.shown, self.limits) != (None,) * 4
+
+    @property
     def listed(self) -> bool:
         """Whether Hugging Face's cards know the key."""
         return self.key not in ("mrl", "mnpl", UNKNOWN)
@@ -89,9 +94,17 @@ def settle_license(
 ) -> Found:
     """The licence of a base model in `directory` (None: a preset with random weights), and the derivative's name.
 
-    Raises LlmtuneConfigError where the name breaks a naming duty, and where limits are not accepted.
+    Raises LlmtuneConfigError where the name breaks a naming duty, where limits are not accepted, and where another licence is
+    stated than the one with duties that lies beside the base.
     """
-    found, how = (LICENSES[stated], "stated by export.license") if stated else find_license(directory)
+    found, how = find_license(directory)
+    if stated and stated != found.key:
+        if found.has_duties:
+            raise LlmtuneConfigError(
+                f"export.license: {stated} is stated, and {model} is under the {found.title}, known {how}, whose duties "
+                "that would pass over; leave export.license out"
+            )
+        found, how = LICENSES[stated], "stated by export.license"
     if found.limits is not None and not accepted:
         raise LlmtuneConfigError(
             f"model: {model} is under the {found.title} ({found.limits}); to say that this use keeps to it, set "

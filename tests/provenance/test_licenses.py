@@ -65,6 +65,17 @@ def test_names_of_llamas_begin_with_llama(tmp_path, key, begins):
         settle(tmp_path, name="bot")
 
 
+def test_duties_are_not_stated_away(tmp_path):
+    (tmp_path / "LICENSE").write_text(HEADS["llama3.1"])
+    with pytest.raises(
+        LlmtuneConfigError, match=r"apache-2.0 is stated, and .* Llama 3.1 Community License, known by LICENSE"
+    ):
+        settle(tmp_path, stated="apache-2.0")
+    assert settle(tmp_path, stated="llama3.1").license.key == "llama3.1"
+    (tmp_path / "LICENSE").write_text(HEADS["apache-2.0"])  # of a copy that says less than it should
+    assert settle(tmp_path, stated="llama3").license.key == "llama3"
+
+
 def test_other_names_are_free(tmp_path):
     (tmp_path / "LICENSE").write_text(HEADS["apache-2.0"])
     assert settle(tmp_path).name == "support-bot" and settle(tmp_path, name="bot").name == "bot"
@@ -78,6 +89,8 @@ def test_limits_must_be_accepted(tmp_path, key):
     ):
         settle(tmp_path)
     assert settle(tmp_path, accepted=True).license.key == key
+    with pytest.raises(LlmtuneConfigError, match=r"^export.license: mit is stated, and the/base is under the Mistral"):
+        settle(tmp_path, stated="mit")
     (tmp_path / "LICENSE").unlink()
     with pytest.raises(LlmtuneConfigError, match="Mistral"):
         settle(tmp_path, stated=key)

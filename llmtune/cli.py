@@ -40,11 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `llmtune inspect ... | head`: who reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.UNREAD
-    except KeyboardInterrupt as error:
-        print(f"interrupted{getattr(options, 'interrupted', '')}", file=sys.stderr)
-        return getattr(error, "exit_code", exit_codes.INTERRUPTED)
-    except Exception as error:
-        code = tell(error)
+    except (Exception, KeyboardInterrupt) as error:
+        code = tell(error, getattr(options, "interrupted", ""))
         if code is None:
             raise
         return code

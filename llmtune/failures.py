@@ -7,8 +7,14 @@ from llmtune.errors import LlmtuneError
 from llmtune.redaction import redact
 
 
-def tell(error: BaseException) -> int | None:
-    """Say in a line what is wrong, and give the exit code; None, and nothing is said, of a defect."""
+def tell(error: BaseException, interrupted: str = "") -> int | None:
+    """Say in a line what is wrong, and give the exit code; None, and nothing is said, of a defect.
+
+    `interrupted`: what follows that word where it was a signal.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print(f"interrupted{interrupted}", file=sys.stderr)
+        return getattr(error, "exit_code", exit_codes.INTERRUPTED)
     if isinstance(error, LlmtuneError):
         return refuse(str(error), error.exit_code)
     if isinstance(error, OSError) and error.filename is not None:

@@ -104,7 +104,7 @@ def _train(options: argparse.Namespace) -> int:
         guards = run.safeguards
         with contextlib.ExitStack() as together:
             if not alone:
-                together.enter_context(ending_at_once(tell))
+                together.enter_context(ending_at_once(functools.partial(tell, interrupted=options.interrupted)))
                 together.enter_context(join(place, guards.heartbeat_seconds, guards.join_seconds))
             train(run, stop=stop, profile=profile)
     return exit_codes.DONE

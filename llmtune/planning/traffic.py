@@ -3,13 +3,14 @@
     a weight that is gathered      all-gather, forward and again backward; its gradient scattered over the same mesh axes
     a weight that is shared        all-reduce of its gradient over the mesh axes that split the rows and not the weight
     rows of a split matrix         all-reduce of what it gives, forward; of a matrix split by columns: of its gradient, backward
-    a split sequence               all-gather of keys and values
+    a split sequence               keys and values passed on from device to device, as far as causality or a window reaches
 
 A gradient that is scattered over more than one side of the torus at once counts as an all-reduce: that is what the TPU compiler
 makes of it. Every microbatch pays for its own. What is smaller than a matrix is left out.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmtune.config import Run
+from llmtune.kernels.context_attention import reach
+from llmtune.kernels.masks import Mask
 from llmtune.models.config import ModelConfig
 from llmtune.planning.abstract import Inputs
 from llmtune.planning.collectives import Collective, wire_bytes
@@ -85,12 +88,10 @@ def _of_activations(run: Run, config: ModelConfig, mesh: Mesh, strategy: Strateg
             yield "all-reduce", over, hidden, layers * (2 + again)
     keys = 2 * tokens * config.num_key_value_heads * config.head_dim * itemsize
     context = _names(strategy.spec("seq")[0])
-    yield (
-        "all-gather",
-        context,
-        keys * math.prod(mesh.shape[a] for a in context),
-        layers * (3 if run.train.remat != "none" else 2),
-    )
+    cut = math.prod(mesh.shape[axis] for axis in context)
+    for window, count in Counter(map(config.window, range(layers))).items() if cut > 1 else ():
+        passed = reach(Mask(window=window), run.data.sequence_length // cut, cut)
+        yield "collective-permute", context, passed * keys, count * (3 if run.train.remat != "none" else 2)
 
 
 def sides(mesh: Mesh, axis: str) -> int:

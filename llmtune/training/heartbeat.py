@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneError, LlmtuneRetryError
+from llmtune.training.stopping import Interrupted
 
 BEAT, BYE, LOST, TOKEN_BYTES = b"beat", b"bye", b"lost", 8
 CONNECT_SECONDS, NOTICE_SECONDS = 30.0, 2.0
@@ -95,7 +96,7 @@ class Heartbeat:
         if isinstance(error, Exception) and not isinstance(error, LlmtuneError) and self._connections:
             time.sleep(NOTICE_SECONDS)
         self._over.set()
-        if error is None or isinstance(error, KeyboardInterrupt):
+        if error is None or (isinstance(error, Interrupted) and error.together):
             self._send(BYE)
 
     def _beat(self) -> None:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from llmtune import exit_codes
 from llmtune.errors import LlmtuneConfigError, LlmtuneRetryError
 from llmtune.training.heartbeat import Heartbeat
+from llmtune.training.stopping import Interrupted
 from llmtune.training.supervisor import PARENT
 
 
@@ -136,12 +137,13 @@ def _own_name() -> str:
 def ending_at_once(tell: Callable[[BaseException], int | None]) -> Iterator[None]:
     """An error of one process of several ends it here: at Python's end JAX would wait for the others, who wait for this one.
 
-    Its exit code is its own, which says whether starting again helps. `tell`: see `llmtune.failures`.
+    So does a signal that only this one has heard. Its exit code is its own, which says whether starting again helps. `tell`:
+    see `llmtune.failures`.
     """
     try:
         yield
-    except Exception as error:
-        if jax.process_count() == 1:
+    except BaseException as error:
+        if jax.process_count() == 1 or (isinstance(error, Interrupted) and error.together):
             raise
         code = tell(error)
         if code is None:

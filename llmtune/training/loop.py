@@ -153,7 +153,7 @@ def run_steps(
     display.phase("training", total=steps, done=first)
     (stopping,) = highest([stop.signal])
     if stopping:
-        raise Interrupted(stopping)
+        raise Interrupted(stopping, together=True)
 
     bad_steps = BadSteps(run.divergence, display.note)
     watchdog = Watchdog(run.safeguards.hang_seconds, evaluator.directory.stacks)
@@ -189,7 +189,7 @@ def run_steps(
                 elif failed or number % run.checkpoint.every == 0:
                     checkpoints.save(number, state, row)
             if stopping:
-                raise Interrupted(stopping)
+                raise Interrupted(stopping, together=True)
             if last:
                 break
             meter.start()

@@ -22,11 +22,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was asked to stop, and has: nothing is lost."""
+    """A run that was asked to stop, and has: nothing is lost. `together`: so do all processes of the run, at this very step."""
 
-    def __init__(self, signum: int):
+    def __init__(self, signum: int, *, together: bool = False):
         super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+        self.exit_code, self.together = 128 + signum, together
 
 
 class Stop:

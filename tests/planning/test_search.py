@@ -72,6 +72,16 @@ def test_search_says_what_comes_nearest_where_nothing_fits(starter):
         search(run_of("llama3.1-70b"), parse_topology("v5e:2x2"), ["fsdp"], assign_step, lambda line: None)
 
 
+def test_a_window_passes_keys_no_further_than_it_reaches():
+    """Of eight devices with 4,096 tokens each: from one on the left under a window of 4,096, else from seven."""
+    passed = []
+    for model in ("mistral-7b-v0.1", "mistral-7b-v0.2"):
+        sharding = {"strategy": "context", "mesh": {"context": 8}}
+        traffic = laid_out(model, "h100:8", rows=2, length=32768, sharding=sharding).traffic
+        passed.append(sum(own.wire for own in traffic if own.kind == "collective-permute"))
+    assert passed[0] * 7 == passed[1] > 0
+
+
 def test_strategies_that_come_to_the_same_on_a_mesh_are_one(starter):
     """Over the rows alone `tensor` is `ddp`."""
     own = [

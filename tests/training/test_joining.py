@@ -25,10 +25,11 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.failures import tell
 from llmtune.training.joining import Place, ending_at_once, join
 from llmtune.training.processes import wait_for_all
+from llmtune.training.stopping import Interrupted
 with ending_at_once(tell), join(Place(sys.argv[1], 2, int(sys.argv[2])), 60.0, 120.0):
     wait_for_all("both are here")
     if sys.argv[2] == "1":
-        raise LlmtuneConfigError("model: a mistake")
+        raise {"mistake": LlmtuneConfigError("model: a mistake"), "signal": Interrupted(15)}[sys.argv[3]]
     wait_for_all("for ever")
 """
 
@@ -57,12 +58,19 @@ def test_a_process_that_waits_in_vain_says_what_to_check(closed, index):
     assert done.stderr.startswith(f"llmtune: error: {line} after 0.5 s (safeguards.join_seconds)")
 
 
-def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(closed):
+@pytest.mark.parametrize(
+    ("what", "code", "line"),
+    [
+        ("mistake", exit_codes.USAGE, "llmtune: error: model: a mistake\n"),
+        ("signal", exit_codes.TERMINATED, "interrupted\n"),
+    ],
+)
+def test_what_ends_one_process_ends_it_at_once_with_its_own_code(closed, what, code, line):
     """Long before a heartbeat of 60 s is missed: the other hears of it by the connection."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", FAIL, closed, str(index)],
+            [sys.executable, "-c", FAIL, closed, str(index), what],
             cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
@@ -72,10 +80,8 @@ def test_an_error_of_one_process_ends_it_at_once_with_its_own_code(closed):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [exit_codes.RETRY, exit_codes.USAGE]
-    assert (
-        "process 1 of 2 is lost (its connection broke)" in said[0] and "llmtune: error: model: a mistake\n" in said[1]
-    )
+    assert [process.returncode for process in processes] == [exit_codes.RETRY, code]
+    assert "process 1 of 2 is lost (its connection broke)" in said[0] and line in said[1]
 
 
 def test_the_others_are_told_a_name_where_the_address_is_of_this_machine_alone(monkeypatch):

@@ -7,7 +7,7 @@ A family reads its tensors by name into values of its own kind and writes them b
 To add one: a module with `read` and `write`, and a row in METHODS.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import jax
 
 from checkpoints_convert.peft import bottleneck, lora, vectors, virtual, whole
 from checkpoints_convert.peft.directory import CONFIG, WEIGHTS, PeftDirectory, open_peft
+from checkpoints_convert.peft.forms import ON_EXPERTS, form_of
 from checkpoints_convert.safetensors_header import read_header
 from checkpoints_convert.safetensors_reader import WeightDirectory
 from checkpoints_convert.safetensors_writer import Entry, new_directory, take_part, write_file, write_json
@@ -31,7 +32,7 @@ class Method(NamedTuple):
 
     read: Callable[[PeftDirectory, ModelConfig], Any]
     write: Callable[[Any, ModelConfig], tuple[list[Entry], dict[str, Any]]]
-    adapted: Callable[[Any], Container[str]]
+    adapted: Callable[[Any], Collection[str]]
 
 
 METHODS: dict[str, Method] = {
@@ -49,7 +50,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """`method`: a `peft_type`; `values`: of that method's kind; `whole`: float32 weights in place of the base's, as ours."""
+    """`method`: a row of METHODS; `values`: of that method's kind; `whole`: float32 weights in place of the base's, as ours."""
 
     method: str
     values: Any
@@ -76,7 +77,8 @@ def adapts_an_end(directory: Path) -> bool:
 def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
     """An adapter for a model of this shape. Raises LlmtuneFormatError where it is of an unknown method or another base."""
     opened = open_peft(directory)
-    method = opened.settings.get("peft_type")
+    form = str(opened.settings.get("peft_type"))
+    method = ON_EXPERTS.get(form, form)
     if method not in METHODS:
         raise opened.refuse("peft_type", f"only {', '.join(METHODS)} adapters are read so far")
     values = METHODS[method].read(opened, config)
@@ -97,7 +99,7 @@ def write_adapter(
     fetch: whole.Fetch | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """A directory that peft loads. `values`: of the method's kind.
+    """A directory that peft loads, where it has a form for this (`forms`). `values`: of the method's kind.
 
     `whole_paths`: of weights that `fetch` gives, which replace the base's. `complete` is called before the directory appears.
     Of several processes all call this, and the first writes.
@@ -107,7 +109,7 @@ def write_adapter(
     if fetch is not None:
         entries += whole.whole_entries(whole_paths, config, fetch, factored=adapted)
     settings = {
-        "peft_type": method,
+        "peft_type": form_of(method, adapted, dora=bool(own.get("use_dora"))),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,

@@ -73,8 +73,9 @@ def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[st
     """Tensors and settings. The most common rank and alpha are the default, others go into the patterns."""
     table = {(tensor.path, tensor.index): tensor for tensor in tensors(config)}
     entries, ranks, alphas = [], {}, {}
+    fusible = {path: own for path, own in values.factors.items() if "/experts/" in path and own.magnitude is None}
     for path, own in values.factors.items():
-        for place, rank, pair, scale in unstack(own) if "/experts/" not in path else ():
+        for place, rank, pair, scale in () if path in fusible else unstack(own):
             module = table[path, place].name.removesuffix(".weight")
             ranks[module], alphas[module] = rank, alpha_of(scale, rank, values.rslora)
             entries += _entries(module, pair, embedding=module.endswith(EMBEDDING))
@@ -83,7 +84,7 @@ def write(values: LoraValues, config: ModelConfig) -> tuple[list[Entry], dict[st
             ):  # one adapter, which peft writes for both ends
                 ranks[HEAD], alphas[HEAD] = ranks[module], alphas[module]
                 entries += _entries(HEAD, turned(pair))
-    fused = experts.to_fused(values.factors)
+    fused = experts.to_fused(fusible)
     parameters = {}
     for (layer, parameter), one in fused.items():
         module, rank = f"{root_module(config)}.layers.{layer}.{EXPERTS}", one.a.shape[1]

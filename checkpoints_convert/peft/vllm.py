@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints_convert.peft.directory import PeftDirectory
+from checkpoints_convert.peft.forms import ON_EXPERTS
 from checkpoints_convert.peft.whole import whole_name
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 DEFAULT_RANK = 16
 MERGE = "serve the merged model (export/model of a run, or llmtune.load(...).save) instead"
-MERGEABLE = ("IA3", "VERA")
+MERGEABLE = ("IA3", "VERA", *ON_EXPERTS)
 OURS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "LLMTUNE_SEQUENTIAL", "LLMTUNE_PARALLEL", "LLMTUNE_FUSION")
 ALONE = "it cannot be merged either: use it from llmtune, or train one of lora, dora, ia3 and vera"
 UNKNOWN = "llmtune does not read it; merge it with what wrote it"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert import companions, peft
+from checkpoints_convert.peft import forms
+from checkpoints_convert.peft.directory import CONFIG
 from checkpoints_convert.peft.factors import Factors as PeftFactors
 from checkpoints_convert.peft.lora import LoraValues
 from checkpoints_convert.peft.vectors import Gains as PeftGains
@@ -153,6 +155,11 @@ def _method(adapter: peft.Adapter) -> str:
     return "dora" if dora else added_name(adapter) or adapter.method.lower()
 
 
+def form_note(path: Path) -> str | None:
+    """For a person: why peft will not read this directory of an adapter; None where it will."""
+    return forms.said_of(read_json(path / CONFIG)["peft_type"])
+
+
 def read_factors(path: str | Path, config: ModelConfig) -> Mapping[str, Factors]:
     """The values of a LoRA directory, by path. One of another method, or that brings weights in whole, is refused."""
     adapter = peft.read_adapter(Path(path), config)
@@ -173,6 +180,7 @@ def save_adapter(
 ) -> None:
     """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
 
+    What PEFT has no form for is written in one of our own (`form_note` says so).
     Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)

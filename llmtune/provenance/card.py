@@ -17,7 +17,7 @@ from llmtune.evaluation.perplexity import perplexity
 from llmtune.provenance.licenses import UNKNOWN, Found
 
 HERE = '"path/to/this/directory"'
-LIBRARY = {"model": "transformers", "adapter": "peft"}
+LIBRARY = {"model": "transformers", "adapter": "peft", "own adapter": "llmtune"}  # by kind of card
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Facts:
 
 
 def model_card(facts: Facts, kind: str, has_agreement: bool) -> str:
-    """The page of an exported `model` or `adapter`; `has_agreement`: whether the licence's text lies beside it."""
+    """The page of an exported `model`, `adapter` or `own adapter`, which peft does not read.
+
+    `has_agreement`: whether the licence's text lies beside it.
+    """
     parts = [
         _front(facts, kind),
         f"# {_plain(facts.found.name)}",
@@ -66,7 +69,7 @@ def _shown(facts: Facts) -> str:
 
 def _summary(facts: Facts, kind: str) -> str:
     model = facts.run.get("model", {})
-    what = "An adapter for" if kind == "adapter" else "A model trained from"
+    what = "A model trained from" if kind == "model" else "An adapter for"
     trained, total = model.get("trainable_parameters", 0), model.get("parameters", 0)
     share = "all" if trained == total else f"{trained:,} of {total:,}"
     architecture = _plain(model.get("architecture", "a decoder"))
@@ -77,13 +80,15 @@ def _summary(facts: Facts, kind: str) -> str:
 
 
 def _use(facts: Facts, kind: str) -> str:
+    base = json.dumps(_code(facts.config["model"]))
+    if kind == "own adapter":
+        return "\n".join(["```python", "import llmtune", "", f"model = llmtune.load({base}, adapters=[{HERE}])", "```"])
     lines = [
         "from transformers import AutoModelForCausalLM",
         "",
         f"model = AutoModelForCausalLM.from_pretrained({HERE})",
     ]
     if kind == "adapter":
-        base = json.dumps(_code(facts.config["model"]))
         lines[1:] = [
             "from peft import PeftModel", "", f"base = AutoModelForCausalLM.from_pretrained({base})",
             f"model = PeftModel.from_pretrained(base, {HERE})",

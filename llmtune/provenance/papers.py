@@ -23,13 +23,20 @@ def write_papers(directory: Path, kind: str, facts: Facts, base_digest: str) -> 
     """Into a directory that holds an exported `model` or `adapter`."""
     own = facts.found.license
     agreement = next((file.name for file in sorted(directory.glob("LICENSE*"))), None)
-    _write(directory / "README.md", model_card(facts, kind, agreement is not None))
+    _write(directory / "README.md", model_card(facts, _card_kind(directory, kind), agreement is not None))
     if own.notice is not None:
         notice = directory / "NOTICE"
         given = notice.read_text(encoding="utf-8", errors="replace") if notice.is_file() else ""
         if own.notice not in given:
             _write(notice, f"{given.rstrip()}\n\n{own.notice}\n".lstrip())
     _write(directory / "provenance.json", _json(provenance(facts, kind, base_digest, agreement)))
+
+
+def _card_kind(directory: Path, kind: str) -> str:
+    """`own adapter` where the directory's type is one of ours, which peft refuses by name."""
+    config = directory / "adapter_config.json"
+    own = config.is_file() and json.loads(config.read_text("utf-8"))["peft_type"].startswith("LLMTUNE_")
+    return f"own {kind}" if own else kind
 
 
 def provenance(facts: Facts, kind: str, base_digest: str, agreement: str | None) -> dict[str, Any]:

@@ -97,6 +97,9 @@ def conclude(display: Display, data: RunData, summary: Summary, directory: RunDi
     display.note("")
     for kind, path in summary.exports.items():
         display.note(f"{kind}: {path}")
+        note = pretrained.form_note(path) if kind == "adapter" else None
+        if note is not None:
+            display.note(f"note: {note}")
     display.note(f"report: {directory.path / 'report.html'}")
     display.note(f"metrics: {directory.metrics.path}")
     prompts = [sample["prompt"] for sample in evaluation["after"]["samples"]]

@@ -18,10 +18,10 @@ from llmtune.transforms.slots import empty_slots, fill
 from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import ArraySpec, Bottleneck, Branch, Parallel, constant, is_operator, path_name, uniform
 
-ATTENTION, MLP, ADAPTER = "attention/o/kernel", "mlp/down/kernel", "mlp/adapter"
-PLACES = {"houlsby": (ATTENTION, MLP), "pfeiffer": (MLP,)}  # where each paper puts them in a block
+ATTENTION, MLP, EXPERTS, ADAPTER = "attention/o/kernel", "mlp/down/kernel", "mlp/experts/down/kernel", "mlp/adapter"
+PLACES = {"houlsby": (ATTENTION, MLP, EXPERTS), "pfeiffer": (MLP, EXPERTS)}  # a block has an MLP or experts
 AXES = {"down": ("embed", "rank"), "down_bias": ("rank",), "up": ("rank", "embed"), "up_bias": ("embed",)}
-Values = Mapping[str, np.ndarray]  # the fields of a Branch: down [L, hidden, size], down_bias [L, size], up, up_bias
+Values = Mapping[str, np.ndarray]  # the fields of a Branch: down [L, hidden, size] (of experts [L, E, ...]), and so on
 
 
 def sequential_adapters(method: str, *, size: int) -> Transform:
@@ -30,14 +30,7 @@ def sequential_adapters(method: str, *, size: int) -> Transform:
     def init(declared: Params) -> dict[str, dict[str, ArraySpec]]:
         _check_size(size)
         weights = weights_by_path(declared)
-        found = [path for path in weights if path.endswith(PLACES[method])]
-        missing = [place for place in PLACES[method] if not any(path.endswith(place) for path in found)]
-        if missing:
-            raise LlmtuneConfigError(
-                f"adapt.method: {method}: this model has no single {missing[0]} to put an adapter after, and bottlenecks inside "
-                "experts are not offered; method parallel_adapter stands beside any MLP"
-            )
-        return {path: _fresh(weights[path].shape[0], weights[path].shape[-1], size) for path in found}
+        return {path: _fresh(own, size) for path, own in weights.items() if path.endswith(PLACES[method])}
 
     return Transform(init, _wrap)
 
@@ -58,7 +51,7 @@ def parallel_adapters(*, size: int, scale: float = 4.0) -> Transform:
     def declare(path: str, layers: int, hidden: int) -> dict[str, Any]:
         _check_size(size)
         return {
-            "branch": _fresh(layers, hidden, size),
+            "branch": _fresh(_square(layers, hidden), size),
             "scale": ArraySpec((layers,), ("layers",), init=constant(scale)),
         }
 
@@ -71,8 +64,7 @@ def parallel_from(branches: Mapping[str, Values], scales: Mapping[str, np.ndarra
     def declare(path: str, layers: int, hidden: int) -> dict[str, Any]:
         if path not in branches:
             raise LlmtuneFormatError(f"adapter: it brings nothing for {path}; it was made for another base model")
-        base = ArraySpec((layers, hidden, hidden), ("layers", "embed", "embed"))
-        branch = given_branch(path, base, branches[path])
+        branch = given_branch(path, _square(layers, hidden), branches[path])
         return {"branch": branch, "scale": ArraySpec((layers,), ("layers",), init=scales[path])}
 
     return _parallel(declare)
@@ -98,7 +90,7 @@ def given_branch(path: str, base: Any, values: Values) -> dict[str, ArraySpec]:
     """The declaration of a branch after `base` with these values, its shapes checked. Raises LlmtuneFormatError."""
     if base is None:
         raise LlmtuneFormatError(f"adapter: it adapts {path}, which this model does not have")
-    fresh = _fresh(base.shape[0], base.shape[-1], values["down"].shape[-1])
+    fresh = _fresh(base, values["down"].shape[-1])
     for name, spec in fresh.items():
         if values[name].shape != spec.shape:
             raise LlmtuneFormatError(
@@ -108,11 +100,18 @@ def given_branch(path: str, base: Any, values: Values) -> dict[str, ArraySpec]:
     return {name: ArraySpec(spec.shape, spec.axes, init=values[name]) for name, spec in fresh.items()}
 
 
-def _fresh(layers: int, hidden: int, size: int) -> dict[str, ArraySpec]:
+def _square(layers: int, hidden: int) -> ArraySpec:
+    """What a branch beside a block would follow: its result is as wide as its input."""
+    return ArraySpec((layers, hidden, hidden), ("layers", "embed", "embed"))
+
+
+def _fresh(base: Any, size: int) -> dict[str, ArraySpec]:
+    """Of what follows `base` [..., in, hidden], with its leading axes."""
+    (*lead, _, hidden), lead_axes = base.shape, base.axes[:-2]
     shapes = {"down": (hidden, size), "down_bias": (size,), "up": (size, hidden), "up_bias": (hidden,)}
     starts = {"down": uniform(hidden**-0.5)}
     return {
-        name: ArraySpec((layers, *shape), ("layers", *AXES[name]), init=starts.get(name, constant(0.0)))
+        name: ArraySpec((*lead, *shape), (*lead_axes, *AXES[name]), init=starts.get(name, constant(0.0)))
         for name, shape in shapes.items()
     }
 

@@ -39,6 +39,7 @@ def fusion_of(adapters: Sequence[Mapping[str, Values]]) -> Transform:
     def init(declared: Params) -> dict[str, dict[str, Any]]:
         weights, additions = weights_by_path(declared), {}
         for path in adapters[0]:
+            _refuse_experts(path, weights.get(path))
             each = [own[path] for own in adapters]
             for values in each:
                 given_branch(path, weights.get(path), values)  # refuses those of another base
@@ -59,6 +60,7 @@ def fusion_from(values: Mapping[str, Mapping[str, np.ndarray]]) -> Transform:
     def init(declared: Params) -> dict[str, dict[str, Any]]:
         weights, additions = weights_by_path(declared), {}
         for path, own in values.items():
+            _refuse_experts(path, weights.get(path))
             first = {name: own[name][:, 0] for name in AXES}
             given_branch(path, weights.get(path), first)
             layers, _, out = weights[path].shape
@@ -72,6 +74,15 @@ def fusion_from(values: Mapping[str, Mapping[str, np.ndarray]]) -> Transform:
         return additions
 
     return Transform(init, _wrap)
+
+
+def _refuse_experts(path: str, base: Any) -> None:
+    """Attention over adapters of every expert would be three matrices [hidden, hidden] for each: larger than the model."""
+    if base is not None and "expert" in base.axes:
+        raise LlmtuneConfigError(
+            f"adapt.adapters: they stand after {path}, which is of experts, and fusion would need an attention for each of them; "
+            "fuse adapters of a model without experts"
+        )
 
 
 def _stacked(each: Sequence[Values]) -> dict[str, np.ndarray]:

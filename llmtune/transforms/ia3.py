@@ -2,6 +2,8 @@
 
 {"k": {"kernel": W}}      -->  {"k": {"kernel": IA3(W, gain [out], on, side="out")}}
 {"down": {"kernel": W}}   -->  {"down": {"kernel": IA3(W, gain [in], on, side="in")}}
+
+Experts, where they are targets, have vectors of their own each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ from llmtune.transforms.transform import Params, Transform
 from llmtune.weights import IA3, ArraySpec, constant
 
 Side = Literal["in", "out"]
+DOWN = ("mlp/down/kernel", "mlp/experts/down/kernel")
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ def ia3(
     targets: str | Sequence[str] = ("k_proj", "v_proj", "down_proj"),
     feedforward: str | Sequence[str] | None = None,
 ) -> Transform:
-    """Fresh gains of one. `feedforward`: those of the targets whose input is stretched; None: down_proj, where it is a target."""
+    """Fresh gains of one. `feedforward`: those of the targets whose input is stretched; None: the MLP's down, experts' too."""
 
     def sides(params: Params) -> dict[str, Side]:
         chosen = select(params, targets)
         if feedforward is None:
-            return {path: "in" if path.endswith("mlp/down/kernel") else "out" for path in chosen}
+            return {path: "in" if path.endswith(DOWN) else "out" for path in chosen}
         inward = select(params, feedforward, key="adapt.feedforward") if feedforward else []
         lone = [path for path in inward if path not in chosen]
         if lone:
@@ -75,10 +78,8 @@ def ia3_from(gains: Mapping[str, Gains]) -> Transform:
 
 def _declare(path: str, weights: Mapping[str, Any], side: Side) -> dict[str, ArraySpec]:
     base = weights[path]
-    if path == EMBEDDING or "expert" in base.axes:
-        raise LlmtuneConfigError(
-            f"adapt.targets: IA3 adapts no embedding and no experts; leave {path} out, or use lora"
-        )
+    if path == EMBEDDING:
+        raise LlmtuneConfigError(f"adapt.targets: IA3 adapts no embedding; leave {path} out, or use lora")
     if side == "out" and path.replace("/kernel", "/bias") in weights:
         raise LlmtuneConfigError(
             f"adapt.targets: {path} has a bias, which IA3 would have to stretch with it; that is not there, use lora"

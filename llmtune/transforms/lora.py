@@ -131,10 +131,8 @@ def _low_rank_additions(path: str, base: Any, own: Plan) -> Specs:
 
 
 def _dora_additions(path: str, base: Any, own: Plan) -> Specs:
-    if path == EMBEDDING or "expert" in base.axes:
-        raise LlmtuneConfigError(
-            f"adapt.targets: DoRA adapts no embedding and no experts; leave {path} out, or use lora"
-        )
+    if path == EMBEDDING:
+        raise LlmtuneConfigError(f"adapt.targets: DoRA adapts no embedding; leave {path} out, or use lora")
     return {**_low_rank_additions(path, base, own), **_lengths(base)}
 
 

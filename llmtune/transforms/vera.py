@@ -44,8 +44,8 @@ def vera(
     def init(declared: Params) -> dict[str, Any]:
         weights, paths = weights_by_path(declared), select(declared, targets)
         for path in paths:
-            if path == EMBEDDING or "expert" in weights[path].axes:
-                raise LlmtuneConfigError(f"adapt.targets: VeRA adapts no embedding and no experts; leave {path} out")
+            if path == EMBEDDING:
+                raise LlmtuneConfigError(f"adapt.targets: VeRA adapts no embedding; leave {path} out")
         n_in, n_out = (max(weights[path].shape[axis] for path in paths) for axis in (-2, -1))
         if not rank >= 1:
             raise LlmtuneConfigError(f"adapt.rank: {rank} must be positive")

@@ -6,7 +6,8 @@
                                                         Pfeiffer et al. 2021, arXiv:2005.00247, after the MLP alone)
     mlp(x)  -->  mlp(x) + scale * change(x)   Parallel  beside the MLP (He et al. 2022, arXiv:2110.04366, section 3.3)
 
-A bias of the wrapped projection is added after the adapter. Where `up` and `up_bias` are zero, nothing has changed.
+After the matrices of experts each expert has a bottleneck of its own. A bias of the wrapped projection is added after the
+adapter. Where `up` and `up_bias` are zero, nothing has changed.
 """
 
 import abc
@@ -17,7 +18,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from llmtune.errors import LlmtuneConfigError
-from llmtune.weights.doors import Weight, add_bias, linear
+from llmtune.weights.contract import own_vectors
+from llmtune.weights.doors import Weight, add_bias, expert_linear, linear
 from llmtune.weights.operator import Adapter, Node
 
 
@@ -59,6 +61,13 @@ class Branch(Node):
         low = add_bias(linear(x, self.down, ("batch", "seq", "act_rank")), self.down_bias)
         return add_bias(linear(jax.nn.relu(checkpoint_name(low, "low_rank")), self.up, out_axes), self.up_bias)
 
+    def expert_change(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """The same for sorted rows, the fields being [experts, ...]."""
+        low = expert_linear(x, self.down, group_sizes, (*out_axes[:-1], "act_rank"))
+        low = checkpoint_name(low + own_vectors(self.down_bias, group_sizes, low), "low_rank")
+        out = expert_linear(jax.nn.relu(low), self.up, group_sizes, out_axes)
+        return out + own_vectors(self.up_bias, group_sizes, out)
+
 
 @final
 @jax.tree_util.register_dataclass
@@ -74,6 +83,11 @@ class Bottleneck(Nonlinear):
     def change(self, y: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
         """See `Nonlinear.change`."""
         return self.branch.change(y, out_axes)
+
+    def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """Sorted rows through their expert's matrix, and then through its bottleneck."""
+        y = expert_linear(x, self.base, group_sizes, out_axes)
+        return y + self.branch.expert_change(y, group_sizes, out_axes)
 
 
 @final

@@ -2,6 +2,7 @@
 
 contract          [batch, seq, i] x [i, o], or its transpose           rows that all see one matrix
 expert_contract   sorted rows x [experts, i, o]                        each group of rows sees its own
+own_vectors       [experts, i] -> one for each sorted row              what a row is stretched or moved by
 """
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from llmtune.kernels import grouped_matmul
 from llmtune.sharding import current, spec
-from llmtune.weights.gather import gather_inside, names_of, without
+from llmtune.weights.gather import gather, gather_inside, names_of, without
 
 
 def contract(x: jax.Array, w: jax.Array, layout: str, out_axes: tuple[str | None, ...]) -> jax.Array:
@@ -52,3 +53,27 @@ def expert_contract(x: jax.Array, w: jax.Array, group_sizes: jax.Array, out_axes
     return jax.shard_map(own, in_specs=(rows, matrices, sizes), out_specs=spec(*out_axes), check_vma=False)(
         x, w, group_sizes
     )
+
+
+def own_vectors(vectors: jax.Array, group_sizes: jax.Array, like: jax.Array) -> jax.Array:
+    """[experts, width] -> of each sorted row its own expert's, laid out as the rows `like` [..., rows, width], in their dtype.
+
+    Zeros beyond the groups. It is a product with ones and zeros: exact, and its gradient is a product too, where that of
+    taking rows would be scatters.
+    """
+    precision = jax.lax.Precision.HIGHEST if like.dtype == jnp.float32 else None
+
+    def own(vectors: jax.Array, sizes: jax.Array) -> jax.Array:
+        sizes = sizes.reshape(sizes.shape[-1:])
+        ends, row = jnp.cumsum(sizes), jnp.arange(like.shape[-2])[:, None]
+        mine = ((ends - sizes <= row) & (row < ends)).astype(like.dtype)
+        rows = jnp.matmul(mine, vectors, precision=precision)
+        return rows.reshape(*[1] * (like.ndim - 2), *rows.shape)
+
+    vectors = vectors.astype(like.dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return own(vectors, group_sizes)
+    rows, sizes = (jax.typeof(array).sharding.spec for array in (like, group_sizes))
+    laid = PartitionSpec(sizes[0], rows[-1])
+    vectors = jax.sharding.reshard(gather(vectors), laid)
+    return jax.shard_map(own, in_specs=(laid, sizes), out_specs=rows, check_vma=False)(vectors, group_sizes)

@@ -60,12 +60,15 @@ class LoRA(Adapter):
         return linear(self.scale.astype(x.dtype) * low, self.b, out_axes)
 
     def expert_apply(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
-        """The same for sorted rows of experts; the scale is one number per expert, so that it goes with b."""
-        dropped = drop(x, self.key, self.dropout)
-        low = expert_linear(dropped, self.a, group_sizes, (*out_axes[:-1], "act_rank"))
-        scaled = self.scale[:, None, None] * self.b
-        out = expert_linear(checkpoint_name(low, "low_rank"), scaled, group_sizes, out_axes)
+        """The same for sorted rows of experts."""
+        out = self.expert_product(drop(x, self.key, self.dropout), group_sizes, out_axes)
         return expert_linear(x, self.base, group_sizes, out_axes) + out
+
+    def expert_product(self, x: jax.Array, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
+        """See `product`; the scale is one number per expert, so that it goes with b."""
+        low = expert_linear(x, self.a, group_sizes, (*out_axes[:-1], "act_rank"))
+        scaled = self.scale[:, None, None] * self.b
+        return expert_linear(checkpoint_name(low, "low_rank"), scaled, group_sizes, out_axes)
 
     def lookup(self, ids: jax.Array) -> jax.Array:
         """Rows of base + scale * a @ b; an embedding's input are ids, of which none is dropped."""

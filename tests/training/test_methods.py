@@ -19,12 +19,29 @@ from llmtune.shipped import configs_directory
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
-from llmtune.transforms import build, chain, combine, dora, full, ia3, lora, olora, partition, pissa, train_whole, vera
+from llmtune.transforms import (
+    build,
+    chain,
+    combine,
+    dora,
+    full,
+    ia3,
+    identity,
+    lora,
+    olora,
+    partition,
+    pissa,
+    quantize,
+    sequential_adapters,
+    train_whole,
+    vera,
+)
 from llmtune.weights import materialize, path_name, shardings
 from tests.training.test_step import results_of_dots
 
 DENSE = ModelConfig("LlamaForCausalLM", 64, 32, 64, 2, 4, 2, 8)
 MIXTURE = ModelConfig(**{**vars(DENSE), "architecture": "MixtralForCausalLM", "experts": Experts(4, 2, 0.02)})
+NF4 = quantize("nf4")
 METHODS = {  # name -> (model, transform, the fields that train); every one begins as the model was
     "lora": (DENSE, lora(rank=4, alpha=8, dropout=0.1), {"a", "b"}),
     "lora in one layer, the ends too": (
@@ -35,12 +52,19 @@ METHODS = {  # name -> (model, transform, the fields that train); every one begi
     "ia3": (DENSE, ia3(), {"gain"}),
     "vera": (DENSE, vera(rank=8, dropout=0.1), {"inner", "outer"}),
     "experts": (MIXTURE, lora(rank=4, alpha=8, targets=["attention", "experts"]), {"a", "b"}),
+    "dora on experts": (MIXTURE, dora(rank=4, alpha=8, targets=["attention", "experts"], dropout=0.1), {"a", "b", "magnitude"}),
+    "vera on experts": (MIXTURE, vera(rank=8, targets="layers", dropout=0.1), {"inner", "outer"}),
+    "ia3 on experts": (MIXTURE, ia3(targets=["k_proj", "v_proj", "experts"]), {"gain"}),
+    "houlsby on experts": (MIXTURE, sequential_adapters("houlsby", size=4), {"down", "down_bias", "up", "up_bias"}),
+    "dora on experts in nf4": (
+        MIXTURE, chain(NF4, dora(rank=4, alpha=8, targets="experts")), {"a", "b", "magnitude"}),
     "two at once": (
         DENSE, chain(lora(rank=2, alpha=4, targets="attention"), ia3(targets=["down_proj"]), train_whole(["norm/weight"])),
         {"a", "b", "gain", "weight"}),
 }  # fmt: skip
 BATCH, SEQ, STEPS = 8, 16, 2
 MESHES = {
+    "fsdp": {"fsdp": 8},
     "fsdp_torus": {"data": 2, "fsdp": 4},
     "fsdp_tensor": {"fsdp": 4, "tensor": 2},
     "expert": {"fsdp": 4, "expert": 2},
@@ -104,12 +128,12 @@ def on_one_device(name):
 
 
 @functools.cache
-def plain_logits(config):
+def plain_logits(config, base=identity):
     """Of the model without an adapter."""
     graphdef, declared = declare(config)
     mesh, table = setting(None)
     with jax.set_mesh(mesh):
-        params = materialize(declared, jax.random.key(0), mesh, table)
+        params = build(base, materialize(declared, jax.random.key(0), mesh, table), base.init(declared))
         tokens = jnp.asarray(rows_of_tokens())
         ones = jnp.ones_like(tokens)
         rows = (tokens, ones.cumsum(1, dtype=jnp.int32) - 1, ones)
@@ -126,7 +150,7 @@ def test_adapters_move_and_all_else_is_bit_equal(name):
     config, _, fields = METHODS[name]
     losses, before, after, trainable, _, adapted = on_one_device(name)
     assert losses[-1] < losses[0]
-    np.testing.assert_allclose(adapted, plain_logits(config), atol=2e-5)
+    np.testing.assert_allclose(adapted, plain_logits(config, NF4 if "nf4" in name else identity), atol=2e-5)
     trains = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)}
     assert {path.rsplit("/", 1)[-1] for path in trains} == fields
     old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
@@ -137,8 +161,9 @@ def test_adapters_move_and_all_else_is_bit_equal(name):
             np.testing.assert_array_equal(new[path], value, err_msg=path_name(path))
 
 
-EIGHT = [("dora", "fsdp_tensor"), ("experts", "expert")]
+EIGHT = [("dora", "fsdp_tensor"), ("dora on experts", "expert")]
 GRID = [(name, strategy) for name in METHODS for strategy in ("fsdp_torus", "fsdp_tensor")]
+GRID += [(name, strategy) for name in METHODS if METHODS[name][0] is MIXTURE for strategy in ("expert", "fsdp")]
 
 
 @pytest.mark.parametrize(

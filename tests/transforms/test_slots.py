@@ -47,7 +47,7 @@ def branch(seed, size=5, layers=3, hidden=32):
     return {name: rng.standard_normal((layers, *shape)).astype(np.float32) for name, shape in shapes.items()}
 
 
-DOWN = "layers/0/mlp/down/kernel"
+DOWN, EXPERTS_DOWN = "layers/0/mlp/down/kernel", "layers/0/mlp/experts/down/kernel"
 FUSED = fusion_of([{DOWN: branch(0)}, {DOWN: branch(1, size=3)}])
 METHODS = {
     "prompt tuning": prompt_tuning(virtual_tokens=4),
@@ -163,8 +163,12 @@ def test_mixtures_of_experts(method):
     graphdef, _, params = adapted(MIXTURE, METHODS[method], mesh, REPLICATED)
     _, before, after = train_step(graphdef, params, mesh, REPLICATED, steps=2)
     assert all(jax.tree.leaves(jax.tree.map(lambda b, a: bool(np.any(b != a)), before, after)))
-    with pytest.raises(LlmtuneConfigError, match="pfeiffer: this model has no single mlp/down/kernel"):
-        sequential_adapters("pfeiffer", size=4).init(declare(MIXTURE)[1])
+    after = sequential_adapters("pfeiffer", size=4).init(declare(MIXTURE)[1])
+    assert {path: own["down"].shape for path, own in after.items()} == {
+        "layers/0/mlp/experts/down/kernel": (3, 4, 32, 4)
+    }
+    with pytest.raises(LlmtuneConfigError, match="which is of experts"):
+        fusion_of([{EXPERTS_DOWN: branch(0)}, {EXPERTS_DOWN: branch(1)}]).init(declare(MIXTURE)[1])
 
 
 def test_fusion_begins_as_the_mean_of_its_adapters():

@@ -16,26 +16,19 @@ import time
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from llmtune import pretrained
 from llmtune.config import Run
-from llmtune.config.adapt import sections
 from llmtune.config.file import build_run
+from llmtune.planning.abstract import abstract_program
 from llmtune.sharding import Strategy, load_strategy, make_mesh
 from llmtune.shipped import configs_directory
-from llmtune.training.adapting import choose_transform
-from llmtune.training.program import assemble
-from llmtune.training.state import TrainState
-from llmtune.training.weights import Weights, declare_base
-from llmtune.transforms import partition
-from llmtune.weights import ArraySpec, is_operator, shardings
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # the smallest there are; one chip of it is used
 
@@ -50,41 +43,17 @@ def run_of(model: str, length: int, base: str | None) -> Run:
     return build_run({**tree, "quantize": {"base": base}} if base else tree, "benchmark")
 
 
-def abstract_weights(run: Run, source: pretrained.Source, mesh: Mesh, strategy: Strategy) -> Weights:
-    """`prepare_weights` without weights: what is stored plainly has the dtype that config.json names."""
-    stored = source.hf_config.get("dtype") or source.hf_config["torch_dtype"]
-    graphdef, declared = declare_base(run, source.config)
-    declared = jax.tree.map(lambda w: w if is_operator(w) else replace(w, dtype=stored), declared, is_leaf=is_operator)
-    adaptation = choose_transform(sections(run.adapt), source, declared, grown=False)
-    transform = adaptation.transform
-    adapted = transform.apply(declared, transform.init(declared))
-    arrays = jax.tree.map(
-        lambda spec, layout: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=layout),
-        adapted,
-        shardings(adapted, mesh, strategy),
-        is_leaf=lambda leaf: isinstance(leaf, ArraySpec),
-    )
-    return Weights(graphdef, *partition(arrays, transform.trains), adaptation.whole)
-
-
 def compiled(run: Run, mesh: Mesh, strategy: Strategy) -> tuple[jax.stages.Compiled, dict[str, int]]:
     """The step's program, and the bytes of what goes into it."""
     with jax.set_mesh(mesh):
-        weights = abstract_weights(run, pretrained.open_source(run.model), mesh, strategy)
-        program, optimizer, _ = assemble(run, weights, 1000, mesh, strategy)
-        moments = jax.tree.map(lambda leaf: on(mesh, leaf), jax.eval_shape(optimizer.init, weights.trainable))
-        state = TrainState(on(mesh, jax.ShapeDtypeStruct((), jnp.int32)), weights.trainable, moments)
-        layout = NamedSharding(mesh, strategy.spec("batch", "seq"))
-        rows = jax.ShapeDtypeStruct((run.train.batch_size, run.data.sequence_length), jnp.int32, sharding=layout)
-        batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), rows)
-        step, _ = program.compile(state, batch)
-    sizes = {"weights": nbytes(weights.frozen), "adapters": nbytes(weights.trainable), "moments": nbytes(moments)}
-    return step, sizes
-
-
-def on(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    typed = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, typed))
+        program, inputs = abstract_program(run, pretrained.open_source(run.model), mesh, strategy)
+        step, _ = program.compile(inputs.state, inputs.batch)
+    parts = {
+        "weights": inputs.weights.frozen,
+        "adapters": inputs.state.trainable,
+        "moments": inputs.state.opt_state,
+    }
+    return step, {name: nbytes(own) for name, own in parts.items()}
 
 
 def nbytes(tree: Any) -> int:

@@ -1,6 +1,7 @@
 """What a path names, before anything of it is read: a model, a preset, or a run of llmtune over a base of its own.
 
 base_of("path/to/hf_dir")    Base("path/to/hf_dir")
+base_of("runs/loftq")        Base("runs/loftq/export/base", adapters=(...,))          where the adapter stands on codes of its own
 base_of("runs/qlora")        Base("path/to/hf_dir", adapters=(runs/qlora/export/adapter,), kept=quantize("nf4"))
 """
 
@@ -45,6 +46,8 @@ def _run_directory(path: Path) -> Base | None:
         )
     if not adapter.is_dir():
         return Base(str(model))
+    if (path / "export" / "base").is_dir():
+        return Base(str(path / "export" / "base"), (adapter,))
     from llmtune.config.adapt import unties
     from llmtune.config.file import load_run
     from llmtune.config.quantize import kept

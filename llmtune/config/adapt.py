@@ -49,6 +49,11 @@ class LowRankSection:
         "values (pissa), its QR (olora), or what the quantised base lacks of it (loftq)",
         "default",
     )
+    loftq_iterations: int = key(
+        "of initial: loftq, how often codes and factors are found in turn; more than 1 change the codes, and the run exports the "
+        "base that its adapter stands on",
+        1,
+    )
     untie: bool = key("give a tied head weights of its own, so that embed_tokens or lm_head can be adapted", False)
     ensure_weight_tying: bool = key("of a tied model: embed_tokens and lm_head share one adapter, and stay tied", False)
     b_rate: float = key("LoRA+: the learning rate of b, in learning rates", 1.0)
@@ -70,6 +75,12 @@ class LowRankSection:
             "untie parts the ends that it ties; leave one of them out",
         )
         require(self.layers is None or len(self.layers) > 0, f"{at}.layers", "no layer is given")
+        require(self.loftq_iterations > 0, f"{at}.loftq_iterations", f"{self.loftq_iterations} must be positive")
+        require(
+            self.loftq_iterations == 1 or self.initial == "loftq",
+            f"{at}.loftq_iterations",
+            "there is nothing to alternate; set initial: loftq, or leave it out",
+        )
         _check_shared(self, require, at)
 
 
@@ -178,6 +189,11 @@ def has_adapter(adapt: Any) -> bool:
 def unties(adapt: Any) -> bool:
     """Whether a tied head gets weights of its own."""
     return any(isinstance(section, LowRankSection) and section.untie for section in sections(adapt))
+
+
+def changes_codes(adapt: Any) -> bool:
+    """Whether the base under the adapter is no longer the quantised base that everybody has."""
+    return any(isinstance(section, LowRankSection) and section.loftq_iterations > 1 for section in sections(adapt))
 
 
 def places(adapt: Any) -> list[tuple[str, Any]]:

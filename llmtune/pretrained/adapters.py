@@ -176,12 +176,14 @@ def save_adapter(
     *,
     whole: Sequence[str] = (),
     tokenizer: Path | None = None,
+    base: str | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """A PEFT directory of the adapter in `params`, and of the weights that trained in whole beside it.
 
     What PEFT has no form for is written in one of our own (`form_note` says so).
-    Where the tokenizer is not the base's, it goes with the adapter (`tokenizer`: the directory of another than the source's).
+    `base`: the name of the base that it is on, where that is not the source. Where the tokenizer is not the base's, it goes with
+    the adapter (`tokenizer`: the directory of another than the source's).
     """
     weights = weights_by_path(params)
     nested = [name for name, weight in weights.items() if is_adapter(weight) and is_adapter(beneath(weight))]
@@ -202,7 +204,7 @@ def save_adapter(
         method,
         values,
         source.config,
-        base=source.name if source.directory is None else str(source.directory.absolute()),
+        base=base or (source.name if source.directory is None else str(source.directory.absolute())),
         whole_paths=whole,
         fetch=fetch_from({name: beneath(weight) if name in adapted else weight for name, weight in weights.items()}),
         complete=finish,

@@ -16,7 +16,7 @@ import yaml
 from llmtune.evaluation.perplexity import perplexity
 from llmtune.provenance.licenses import UNKNOWN, Found
 
-HERE = '"path/to/this/directory"'
+HERE, BESIDE = '"path/to/this/directory"', '"path/to/this/directory/../base"'
 LIBRARY = {"model": "transformers", "adapter": "peft", "own adapter": "llmtune"}  # by kind of card
 
 
@@ -30,17 +30,17 @@ class Facts:
     found: Found
 
 
-def model_card(facts: Facts, kind: str, has_agreement: bool) -> str:
+def model_card(facts: Facts, kind: str, has_agreement: bool, *, base_beside: bool = False) -> str:
     """The page of an exported `model`, `adapter` or `own adapter`, which peft does not read.
 
-    `has_agreement`: whether the licence's text lies beside it.
+    `has_agreement`: whether the licence's text lies beside it; `base_beside`: whether the adapter has a base of its own there.
     """
     parts = [
         _front(facts, kind),
         f"# {_plain(facts.found.name)}",
         _shown(facts),
         _summary(facts, kind),
-        "## Use\n\n" + _use(facts, kind),
+        "## Use\n\n" + _use(facts, kind, base_beside),
         "## Data\n\n" + _data(facts),
         "## Training\n\n" + _training(facts),
         "## Evaluation\n\n" + _evaluation(facts),
@@ -79,8 +79,8 @@ def _summary(facts: Facts, kind: str) -> str:
     )
 
 
-def _use(facts: Facts, kind: str) -> str:
-    base = json.dumps(_code(facts.config["model"]))
+def _use(facts: Facts, kind: str, base_beside: bool) -> str:
+    base = BESIDE if base_beside else json.dumps(_code(facts.config["model"]))
     if kind == "own adapter":
         return "\n".join(["```python", "import llmtune", "", f"model = llmtune.load({base}, adapters=[{HERE}])", "```"])
     lines = [

@@ -23,7 +23,11 @@ def write_papers(directory: Path, kind: str, facts: Facts, base_digest: str) -> 
     """Into a directory that holds an exported `model` or `adapter`."""
     own = facts.found.license
     agreement = next((file.name for file in sorted(directory.glob("LICENSE*"))), None)
-    _write(directory / "README.md", model_card(facts, _card_kind(directory, kind), agreement is not None))
+    beside = kind == "adapter" and (directory.parent / "base").is_dir()
+    _write(
+        directory / "README.md",
+        model_card(facts, _card_kind(directory, kind), agreement is not None, base_beside=beside),
+    )
     if own.notice is not None:
         notice = directory / "NOTICE"
         given = notice.read_text(encoding="utf-8", errors="replace") if notice.is_file() else ""

@@ -33,6 +33,7 @@ from llmtune.transforms import (
     INITIAL,
     NOISE,
     Params,
+    Toward,
     Transform,
     chain,
     dora,
@@ -77,7 +78,9 @@ def _low_rank(make: Callable[..., Transform]) -> MakeTransform:
             **{name: getattr(section, name) for name in fields},
             noise=NOISE.get(section.initial, kaiming),
             initial=INITIAL.get(section.initial),
-            toward=pretrained.stored_matrices(source) if section.initial == "loftq" else None,
+            toward=Toward(pretrained.stored_matrices(source), section.loftq_iterations)
+            if section.initial == "loftq"
+            else None,
         )
 
     return of_section

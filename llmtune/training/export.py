@@ -16,7 +16,7 @@ from llmtune.data import RunData
 from llmtune.tokenizers import write_chat_template
 from llmtune.training.processes import is_first, wait_for_all
 from llmtune.training.vocabulary import Vocabulary
-from llmtune.transforms import not_mergeable
+from llmtune.transforms import not_mergeable, without_adapters
 
 
 def export_run(
@@ -29,18 +29,20 @@ def export_run(
     adapted: bool,
     whole: Sequence[str] = (),
     base: Any = None,
+    own_base: bool = False,
     papers: Callable[[Path, str], None] = lambda directory, kind: None,
 ) -> dict[str, Path]:
-    """`{"model": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
+    """`{"model": ..., "base": ..., "adapter": ...}`, each complete or absent. What an earlier export left is replaced.
 
     Where the adapter cannot be merged there is no model, and what would lie beside it lies with the adapter. Of several
     processes all take part, the first writes, and none goes on before all is there.
 
     The tokenizer of both knows the tokens that the run added, and the chat template that it trained with. `whole`: the paths
     of weights that trained in whole beside the adapter, which therefore belong to it. `base`: see `pretrained.save`.
+    `own_base`: the adapter stands on codes of its own, and their matrices go with it.
     `papers(directory, kind)` puts the card of a model or of an adapter into its directory.
     """
-    paths = {"model": directory / "model", "adapter": directory / "adapter"}
+    paths = {kind: directory / kind for kind in ("model", "base", "adapter")}
     if is_first():
         for path in paths.values():
             shutil.rmtree(path, ignore_errors=True)
@@ -70,13 +72,17 @@ def export_run(
 
     if merged:
         pretrained.save(paths["model"], params, source, tokenizer=tokenizer, base=base, complete=complete_model)
+    if own_base:
+        pretrained.save(paths["base"], without_adapters(params), source, tokenizer=tokenizer, complete=complete)
     if adapted:
         home = tokenizer if merged else tokenizer or source.tokenizer_directory
         pretrained.save_adapter(
-            paths["adapter"], params, source, whole=whole, tokenizer=home, complete=complete_adapter
-        )
+            paths["adapter"], params, source, whole=whole, tokenizer=home, complete=complete_adapter,
+            base=str(paths["base"].absolute()) if own_base else None,
+        )  # fmt: skip
     wait_for_all("the export is there")
-    return {kind: paths[kind] for kind, written in (("model", merged), ("adapter", adapted)) if written}
+    parts = {"model": merged, "base": own_base, "adapter": adapted}
+    return {kind: paths[kind] for kind, written in parts.items() if written}
 
 
 def write_ends(directory: Path, ends: Sequence[int], *, known: bool) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llmtune import pretrained
 from llmtune.config import Run
-from llmtune.config.adapt import has_adapter
+from llmtune.config.adapt import changes_codes, has_adapter
 from llmtune.config.file import plain
 from llmtune.data import RunData, load_data
 from llmtune.evaluation.perplexity import HeldOut
@@ -108,7 +108,8 @@ def train(
                 adapted = has_adapter(run.adapt)
                 exports = export_run(
                     directory.export, params, source, vocabulary, data, adapted=adapted, whole=program.whole,
-                    base=merge_base(run, source), papers=papers_of(run, directory, found, source.digest),
+                    base=merge_base(run, source), own_base=changes_codes(run.adapt),
+                    papers=papers_of(run, directory, found, source.digest),
                 )  # fmt: skip
                 if run.quantize is not None and "model" in exports:  # else nothing was merged
                     session.note(merge=report_merge(run, source, params, program, data, exports["model"], display))

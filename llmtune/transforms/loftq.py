@@ -5,11 +5,11 @@
 Alternating, as algorithm 1 of arXiv:2310.08659 has it: quantise what the factors leave of W, then take the largest singular
 values of what the codes leave of it.
 
-    loftq       so many alternations, on arrays: it needs the 16-bit matrices in memory
-    approach    one alternation for a base that was encoded while it loaded: W is read again, a matrix at a time
+    loftq       on arrays: it needs the 16-bit matrices in memory
+    approach    for a base that was encoded while it loaded: W is read again, a matrix at a time
 
-The codes of one alternation are those of W itself. So the base of a run is the quantised base that everybody has, and what is
-exported is a plain adapter for it.
+The codes of one alternation are those of W itself: the base is the quantised base that everybody has, and what is exported is a
+plain adapter for it. More alternations change the codes, and the adapter stands on a base of its own.
 """
 
 import functools
@@ -72,31 +72,42 @@ def require_codes(weights: Mapping[str, Any]) -> None:
             )
 
 
-def approach(params: Params, additions: Mapping[str, Any], stored: Stored) -> dict[str, Any]:
-    """The additions, a and b being what the codes in `params` lack of the stored matrices. A scale of zero leaves zeros."""
-    weights, found = weights_by_path(params), {}
+def approach(
+    params: Params, additions: Mapping[str, Any], stored: Stored, iterations: int = 1
+) -> tuple[Params, dict[str, Any]]:
+    """Codes and factors that come nearer to the stored matrices; a scale of zero leaves a matrix as it is.
+
+    The codes in `params` are used up: the new ones lie in their memory.
+    """
+    weights, codes, found = weights_by_path(params), {}, {}
     for path, own in additions.items():
-        weight, scale, a, b = weights[path], own["scale"], jnp.copy(own["a"]), jnp.copy(own["b"])
-        insert = _inserter(tuple(jax.typeof(factor).sharding.spec for factor in (a, b)), a.shape[-1])
+        scale, held = own["scale"], (weights[path], jnp.copy(own["a"]), jnp.copy(own["b"]))
+        layouts = jax.tree.map(_spec, held)
+        insert = _inserter(jax.tree.structure(layouts), tuple(jax.tree.leaves(layouts)), own["a"].shape[-1], iterations)
         for place in np.ndindex(scale.shape):
             matrix = stored(path, place).astype(np.float32)
-            a, b = insert(a, b, weight, scale, matrix, np.asarray(place, np.int32))
-        found[path] = {**own, "a": a, "b": b}
-    return found
+            held = insert(held, scale, matrix, np.asarray(place, np.int32))
+        codes[path], found[path] = held[0], {**own, "a": held[1], "b": held[2]}
+    return wrap(params, codes, lambda path, weight, own: own), found
 
 
 @functools.lru_cache(maxsize=64)
-def _inserter(layouts: tuple[Any, Any], rank: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(a, b, codes, scale, matrix, place) -> a and b with the factors of that one matrix in place, in the same memory."""
+def _inserter(kind: Any, layouts: tuple[Any, ...], rank: int, iterations: int) -> Callable[..., Found]:
+    """((codes, a, b), scale, matrix, place) -> the three with what is found for that one matrix in place, in the same memory."""
 
-    def insert(a: Any, b: Any, weight: Any, scale: Any, matrix: Any, place: Any) -> tuple[jax.Array, jax.Array]:
+    def insert(held: Found, scale: Any, matrix: Any, place: Any) -> Found:
         at = tuple(place[n] for n in range(scale.ndim))
-        one, share = jax.tree.map(lambda leaf: leaf[at], weight), scale[at]
-        first, second = _largest(matrix - one.decode_one(), rank)
+        (one, *_), share = jax.tree.map(lambda leaf: leaf[at], held), scale[at]
+        codes, (first, second) = one, _largest(matrix - one.decode_one(), rank)
+        for _ in range(iterations - 1):
+            codes = one.encode_one(matrix - jnp.matmul(first, second, precision=jax.lax.Precision.HIGHEST))
+            first, second = _largest(matrix - codes.decode_one(), rank)
+        codes = jax.tree.map(lambda old, new: jnp.where(share == 0, old, new), one, codes)
         root = jnp.where(share == 0, 0.0, jax.lax.rsqrt(jnp.where(share == 0, 1.0, share)))
-        return a.at[at].set(first * root), b.at[at].set(second * root)
+        return jax.tree.map(lambda leaf, new: leaf.at[at].set(new), held, (codes, first * root, second * root))
 
-    return jax.jit(jax.sharding.auto_axes(insert, out_sharding=layouts), donate_argnums=(0, 1))  # type: ignore[reportCallIssue]
+    placed = jax.sharding.auto_axes(insert, out_sharding=jax.tree.unflatten(kind, layouts))  # type: ignore[reportCallIssue]
+    return jax.jit(placed, donate_argnums=0)
 
 
 def _largest(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

@@ -30,6 +30,14 @@ Specs = dict[str, ArraySpec]
 
 
 @dataclass(frozen=True)
+class Toward:
+    """LoftQ: the matrices as they are stored, and how often codes and factors are found in turn."""
+
+    stored: Stored
+    iterations: int = 1
+
+
+@dataclass(frozen=True)
 class Factors:
     """The values of one adapter on one weight: a [..., in, rank], b [..., rank, out], scale [...]; see `LoRA`.
 
@@ -49,7 +57,7 @@ def lora(
     alpha: float,
     targets: str | Sequence[str] = "all-linear",
     initial: Initial | None = None,
-    toward: Stored | None = None,
+    toward: Toward | None = None,
     **more: Any,
 ) -> Transform:
     """A fresh adapter; `more`: the other fields of `LowRank`.
@@ -66,7 +74,7 @@ def dora(
     alpha: float,
     targets: str | Sequence[str] = "all-linear",
     initial: Initial | None = None,
-    toward: Stored | None = None,
+    toward: Toward | None = None,
     **more: Any,
 ) -> Transform:
     """A fresh adapter of which the columns' lengths are trained apart from their directions; all else as in `lora`."""
@@ -94,7 +102,7 @@ def lora_from(factors: Mapping[str, Factors], *, rslora: bool, dropout: float = 
 
 
 def _fresh(
-    choice: LowRank, initial: Initial | None, toward: Stored | None, declare: Callable[[str, Any, Plan], Specs]
+    choice: LowRank, initial: Initial | None, toward: Toward | None, declare: Callable[[str, Any, Plan], Specs]
 ) -> Transform:
     def init(declared: Params) -> dict[str, Specs]:
         weights, plans = weights_by_path(declared), plan(declared, choice)
@@ -113,7 +121,8 @@ def _fresh(
 
     def build(params: Params, additions: Mapping[str, Any]) -> Params:
         begun = additions if initial is None else start(params, additions, initial)
-        begun = begun if toward is None else approach(params, begun, toward)
+        if toward is not None:
+            params, begun = approach(params, begun, toward.stored, toward.iterations)
         params = wrap(params, begun, functools.partial(make, taken_out=_taken_out))
         return _measure(params, begun, magnitude=True)
 

@@ -9,7 +9,7 @@ import jax
 
 from llmtune.errors import LlmtuneConfigError
 from llmtune.transforms.select import weights_by_path
-from llmtune.weights import Operator, dense, is_operator, without_dense
+from llmtune.weights import Operator, beneath, dense, is_adapter, is_operator, without_dense
 
 
 def not_mergeable(params: Any) -> tuple[str, str] | None:
@@ -26,6 +26,11 @@ def refuse_without_dense(params: Any) -> None:
             f"merge: {found[0]} holds {found[1]}, which no matrix can stand for; save_adapter() writes the adapter, and the "
             "base stays as it is"
         )
+
+
+def without_adapters(params: Any) -> Any:
+    """What the adapters stand on: LoRA(NF4(codes), a, b) -> NF4(codes)."""
+    return jax.tree.map(lambda w: beneath(w) if is_adapter(w) else w, params, is_leaf=is_operator)
 
 
 def merge(params: Any) -> Any:

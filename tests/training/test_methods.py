@@ -52,8 +52,8 @@ METHODS = {  # name -> (model, transform, the fields that train); every one begi
     "ia3": (DENSE, ia3(), {"gain"}),
     "vera": (DENSE, vera(rank=8, dropout=0.1), {"inner", "outer"}),
     "experts": (MIXTURE, lora(rank=4, alpha=8, targets=["attention", "experts"]), {"a", "b"}),
-    "dora on experts": (MIXTURE, dora(rank=4, alpha=8, targets=["attention", "experts"], dropout=0.1), {"a", "b", "magnitude"}),
-    "vera on experts": (MIXTURE, vera(rank=8, targets="layers", dropout=0.1), {"inner", "outer"}),
+    "dora on experts": (MIXTURE, dora(rank=4, alpha=8, targets=["attention", "experts"]), {"a", "b", "magnitude"}),
+    "vera on experts": (MIXTURE, vera(rank=8, targets="layers"), {"inner", "outer"}),
     "ia3 on experts": (MIXTURE, ia3(targets=["k_proj", "v_proj", "experts"]), {"gain"}),
     "houlsby on experts": (MIXTURE, sequential_adapters("houlsby", size=4), {"down", "down_bias", "up", "up_bias"}),
     "dora on experts in nf4": (

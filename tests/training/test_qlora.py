@@ -5,7 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 import llmtune
 from llmtune.errors import LlmtuneConfigError
@@ -125,6 +128,33 @@ def test_a_base_of_two_formats_under_loftq_lies_nearer_to_the_stored_model(stori
     np.testing.assert_allclose(model.logits(tokens), merged.logits(tokens), atol=1e-3)
 
 
+def test_a_base_that_loftq_alternated_for_is_exported_with_its_adapter(stories, rows, tmp_path):
+    """Both together are the merged model, for llmtune as for peft; and an interrupted run finds the same codes again."""
+    adapt = {**ADAPT, "targets": ["q_proj", "up_proj"], "initial": "loftq", "loftq_iterations": 3}
+    train = {"steps": 3, "batch_size": 4, "dtype": "float32"}
+    sections = {"adapt": adapt, "quantize": {"base": "nf4"}, "train": train, "checkpoint": {"every": 1}}
+    run = run_config(tmp_path, stories, rows, **sections)
+    train_until(run, step=2)
+    llmtune.train(run, devices=jax.devices()[:1])
+    export = tmp_path / "run" / "export"
+    tokens = np.arange(3, 67)[None]
+    merged = llmtune.load(export / "model").logits(tokens)
+    np.testing.assert_allclose(llmtune.load(tmp_path / "run").logits(tokens), merged, atol=1e-3)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(export / "base"), export / "adapter").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits.numpy(), merged, atol=1e-3)
+    named = json.loads((export / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(export / "base") and "../base" in (export / "adapter" / "README.md").read_text()
+    one, other = (load_file(own / "model.safetensors") for own in (stories, export / "base"))
+    name = "model.layers.2.self_attn.{}_proj.weight"
+    assert np.abs(one[name.format("q")] - other[name.format("q")]).max() > 0
+    whole = run_config(tmp_path, stories, rows, "whole", **sections)
+    llmtune.train(whole, devices=jax.devices()[:1])
+    uninterrupted = load_file(tmp_path / "whole/export/base/model.safetensors")
+    for key, value in other.items():
+        np.testing.assert_array_equal(value, uninterrupted[key], err_msg=key)
+
+
 @pytest.mark.parametrize("into", ["dequantized", "original"])
 def test_the_merged_export_says_what_it_was_merged_into_and_what_that_moved(stories, rows, tmp_path, into):
     """The stored base plus the adapter, or the decoded one: tensor by tensor, and the logits that transformers finds."""
@@ -186,6 +216,8 @@ def test_what_is_refused(stories, rows, tmp_path):
     assert "adapt.initial: loftq makes up for a quantised base" in said(adapt=loftq)
     assert "merge into dequantized" in said(adapt=loftq, quantize={"merge_into": "original"})
     assert "is not quantised; add it to" in said(adapt=loftq, quantize={"targets": "mlp"})
+    assert "adapt.loftq_iterations: 0 must be" in said(adapt={**loftq, "loftq_iterations": 0})
+    assert "adapt.loftq_iterations: there is nothing to alternate" in said(adapt={**ADAPT, "loftq_iterations": 5})
 
 
 def test_a_transform_refuses_what_is_quantised_already_and_what_carries_an_adapter(stories):

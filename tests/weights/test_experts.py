@@ -130,6 +130,28 @@ def test_dora_on_experts_is_its_definition():
         np.testing.assert_allclose(out[number], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "vera"])
+def test_dropout_is_of_what_goes_into_the_product(name):
+    """A row is x @ base and what the adapter makes of the row with a share of it dropped: on average, what it is without."""
+    weight = OPERATORS[name](draw(EXPERTS, IN, OUT), EXPERTS)
+    inner = weight.low if name == "dora" else weight
+    keyed = dataclasses.replace(inner, dropout=0.5, key=jax.random.key(0))
+    keyed = dataclasses.replace(weight, low=keyed) if name == "dora" else keyed
+    plain = np.asarray(through(weight, rows()))
+    keys = jax.random.split(jax.random.key(1), 500)
+    draws = jax.jit(lambda keys: jax.lax.map(lambda key: through(_with_key(keyed, key), rows()), keys))(keys)
+    spread = np.asarray(draws).std(axis=0).max()
+    assert spread > 0.1 and np.abs(np.asarray(draws).mean(axis=0) - plain).max() < 6 * spread / len(keys) ** 0.5
+    unkeyed = _with_key(keyed, None)
+    np.testing.assert_array_equal(through(unkeyed, rows()), plain)
+
+
+def _with_key(weight, key):
+    if isinstance(weight, DoRA):
+        return dataclasses.replace(weight, low=dataclasses.replace(weight.low, key=key))
+    return dataclasses.replace(weight, key=key)
+
+
 # --- gradients ----------------------------------------------------------------------------------------------------
 
 

@@ -21,11 +21,12 @@ from llmtune.shipped import configs_directory
 from llmtune.training.remat import POLICIES
 from llmtune.training.state import init_state
 from llmtune.training.step import make_train_step
-from llmtune.transforms import build, chain, combine, full, lora, partition, quantize
+from llmtune.transforms import build, chain, combine, dora, full, lora, partition, quantize
 from llmtune.weights import materialize
 
 # multiples of 8 devices, and every matrix known by its shape; 3 layers
 SMALL = ModelConfig("LlamaForCausalLM", 136, 64, 88, 3, 4, 2, 24)
+MIXTURE = ModelConfig(**{**vars(SMALL), "architecture": "MixtralForCausalLM", "experts": Experts(4, 2, 0.01)})
 WIDE = ModelConfig("LlamaForCausalLM", 512, 384, 1024, 2, 6, 2, 64)
 MATRICES = {(64, 96), (64, 48), (96, 64), (64, 88), (88, 64)}
 RANK = 8
@@ -120,15 +121,31 @@ def test_full_fine_tuning_takes_more():
     assert dot_flops(traced(WIDE, full, "none", seq=128)) > 1.3 * small
 
 
+def gathered_on_eight_devices(config, transform):
+    """{(dtype, shape)} of the all-gathers of a step."""
+    mesh, step, arguments = step_and_arguments(config, transform, "block", devices=8)
+    with jax.set_mesh(mesh):
+        text = jax.jit(step).lower(*arguments).compile().as_text()
+    found = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
+    return {(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found if shape}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", [lora, dora])
+def test_fully_sharded_training_gathers_the_codes_of_experts(method):
+    """Those that DoRA's lengths are taken through among them."""
+    transform = chain(quantize("nf4"), method(rank=RANK, alpha=16, targets="experts"))
+    rows = gathered_on_eight_devices(MIXTURE, transform)
+    matrices = {shape for n_in, n_out in ((64, 88), (88, 64)) for shape in ((4, n_in, n_out), (n_in, n_out))}
+    assert not {s for dtype, s in rows if dtype in ("f32", "bf16") and tuple(d for d in s if d > 1) in matrices}, rows
+    assert max(math.prod(shape) for dtype, shape in rows if dtype == "u8") >= 4 * 64 * 88 // 2
+
+
 @pytest.mark.parametrize("base", ["nf4", pytest.param("int8", marks=pytest.mark.nightly)])
 def test_fully_sharded_training_gathers_codes(base):
     """On eight devices: every all-gather of a quantised matrix is one of bytes, none of floats as large as a matrix."""
-    mesh, step, arguments = step_and_arguments(SMALL, qlora(base), "block", devices=8)
-    with jax.set_mesh(mesh):
-        text = jax.jit(step).lower(*arguments).compile().as_text()
-    gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
-    assert gathered
-    rows = {(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in gathered if shape}
+    rows = gathered_on_eight_devices(SMALL, qlora(base))
+    assert rows
     smallest = min(math.prod(shape) for shape in MATRICES)
     # one layer's matrix; the head and the embedding are not quantised, and the rows of a batch have 8 x 16 tokens
     plain = {(136, 64), (64, 136)}

@@ -10,6 +10,7 @@ from llmtune.weights import (
     IA3,
     DoRA,
     LoRA,
+    Tied,
     VeRA,
     beneath,
     dense,
@@ -148,13 +149,11 @@ def test_lora_on_a_table_serves_both_of_its_ends():
 
 
 def test_what_has_no_such_product_says_so():
-    for call in (
-        lambda w: w.lookup(None),
-        lambda w: w.expert_apply(None, None, ()),
-        lambda w: w.apply_transposed(None, ()),
-    ):
+    for call in (lambda: ia3("out").lookup(None), lambda: ia3("out").apply_transposed(None, ())):
         with pytest.raises(TypeError, match="IA3"):
-            call(ia3("out"))
+            call()
+    with pytest.raises(TypeError, match="Tied is not a weight of experts"):
+        Tied(draw(IN, OUT)).expert_apply(None, None, ())
 
 
 def test_an_initialisers_part_is_joined_to_its_adapter():

@@ -1,10 +1,16 @@
 """Secrets are taken out of what is written; nothing else is."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from llmtune.redaction import MARK, redact, redact_tree
+from tests.conftest import ROOT
+from tests.reliability.forge import ENVIRONMENT
+from tests.reliability.tiny import Ground
 
 CANARY = "c4n4ry-0123456789"
 
@@ -60,3 +66,24 @@ def test_passwords_of_netrc_are_secrets(monkeypatch, tmp_path):
         "a": [f"x{MARK}", 1, None],
         "b": {"c": MARK},
     }
+
+
+def test_a_traceback_that_nobody_expects_tells_no_secret(tmp_path):
+    """The real command, in a process of its own, where a part of it fails with a secret in its text."""
+    ground, environment = (
+        Ground(tmp_path),
+        {**os.environ, **ENVIRONMENT, "CANARY_TOKEN": CANARY, "PYTHONPATH": str(ROOT)},
+    )
+
+    def said(at):
+        fault = json.dumps({"do": "tell", "at": at})
+        command = [sys.executable, "-m", "tests.reliability.faults", fault, str(ground.config("run", steps=2))]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    code, text = said("llmtune.training.loop:load_data")
+    assert code == 1 and "Traceback" in text and f"with {MARK} in hand" in text and CANARY not in text, text
+    code, text = said("llmtune.training.checkpoint.commit:describe_files")  # what fails in a save is one line
+    assert code == 0 and "Traceback" not in text and f"with {MARK} in hand" in text and CANARY not in text, text
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path

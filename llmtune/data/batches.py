@@ -20,6 +20,7 @@ from llmtune.data.example import IGNORED
 from llmtune.data.packing import plan_epoch
 
 HostBatch = dict[str, np.ndarray]
+READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ def assemble(rows: list[np.ndarray], dataset: Dataset, sequence_length: int) -> 
 def read_batches(source: BatchSource, start: int) -> Iterator[HostBatch]:
     """Batches from step `start` to the last, read ahead on threads."""
     batches = grain.MapDataset.source(source)[start:]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(batches.to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(READ_AHEAD))
 
 
 def evaluation_batches(

@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+TOLD = 400  # bytes that one process tells the others
+
 
 def is_first() -> bool:
     """Whether this process writes."""
@@ -30,6 +32,17 @@ def highest(values: Sequence[int]) -> list[int]:
     if jax.process_count() == 1:
         return list(values)
     return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)), axis=0).tolist()
+
+
+def first_told(text: str | None) -> str | None:
+    """What the first process that has something to say says, known to all; None where none has. At most TOLD bytes of it."""
+    if jax.process_count() == 1:
+        return text
+    own = np.zeros(TOLD, np.uint8)
+    said = (text or "").encode()[:TOLD]
+    own[: len(said)] = list(said)
+    told = (bytes(row.tolist()).rstrip(b"\0") for row in multihost_utils.process_allgather(own))
+    return next((row.decode(errors="ignore") for row in told if row), None)
 
 
 def held_rows(layout: NamedSharding, rows: int) -> np.ndarray:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from llmtune.training.checkpoint.checkpoints import Checkpoints, flatten
 from llmtune.training.checkpoint.retention import Retention
 from llmtune.training.state import TrainState
-from tests.reliability.tiny import Row
+from tests.reliability.kills import LEAVE
+from tests.reliability.tiny import Row, curve, state_hash
 
 KINDS = (
     "bit flip",
@@ -23,6 +25,13 @@ KINDS = (
     "two files swapped",
     "other step's file",
 )
+
+NO_RIGHT = {  # what is taken away from whom
+    "run": (".", 0o500),
+    "checkpoints": ("checkpoints", 0o500),
+    "step": ("checkpoints/4", 0o000),
+    "arrays": ("checkpoints/4/state", 0o000),
+}
 
 
 def state(step):
@@ -111,6 +120,39 @@ def all_bad(folder, mesh):
         except LlmtuneError:
             refused += 1
     return Row("B2", "every step damaged", f"refused {refused} of 3 times; never begun anew", refused == 3)
+
+
+def no_permission(forge, ground, places=NO_RIGHT):
+    """B2: no right to write, or to read. A line and a code; once the right is back, the run goes on where it was."""
+    whole = ground.path / "b2-whole"
+    assert forge.train(ground.config("b2-whole", steps=8, every=2, keep=9), fault=LEAVE).wait() == 0
+    found, shown = {}, {}
+    for name, (place, mode) in places.items():
+        directory = ground.path / f"b2-{name}"
+        assert forge.train(ground.config(f"b2-{name}", steps=4, every=2, keep=9), fault=LEAVE).wait() == 0
+        config = ground.config(f"b2-{name}", steps=8, every=2, keep=9)
+        (directory / "config.yaml").write_text((whole / "config.yaml").read_text().replace("b2-whole", f"b2-{name}"))
+        own = directory / place
+        before = own.stat().st_mode
+        own.chmod(mode)
+        trainer = forge.train(config, fault=[{"do": "drop"}, LEAVE])
+        code = trainer.wait()
+        errors = [line for line in trainer.said.splitlines() if line.startswith("llmtune: error:")]
+        own.chmod(before)
+        again = forge.train(config, fault=LEAVE)
+        went_on = again.wait() == 0 and "resuming after step 4" in again.said
+        same = (curve(directory), state_hash(directory)) == (curve(whole), state_hash(whole))
+        found[name] = code in (exit_codes.USAGE, exit_codes.RETRY) and len(errors) == 1 and went_on and same
+        shown[name] = (code, errors, went_on, same, trainer.said[-1500:] if not errors else "")
+    good = sum(found.values())
+    figure = f"{good} of {len(found)} refused in one line; with the right back all go on to the same curve and state"
+    ok = good == len(found)
+    return Row(
+        "B2",
+        "no right to write the run or its checkpoints, or to read a step or its arrays",
+        figure if ok else f"{shown}",
+        ok,
+    )
 
 
 def across_meshes(folder, meshes):

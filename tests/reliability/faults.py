@@ -4,8 +4,15 @@
 {"do": "leave", "at": ...}                                           exit with 0
 {"do": "block", "at": ...}                                           never return
 {"do": "full", "at": ..., "until": "module:function"}                files may not grow beyond 64 KiB, until the other is called
+{"do": "fail", "at": ...}                                            OSError, no space left on device
+{"do": "tell", "at": ...}                                            an unknown error, with a secret in its text
+{"do": "drop"}                                                       at once: root is asked for permissions as others are
+{"do": "set", "at": "module:name", "value": {...}}                   at once: a record with other fields
+[..., ...]                                                           several of them
 """
 
+import ctypes
+import errno
 import functools
 import importlib
 import json
@@ -36,6 +43,12 @@ COMMIT_POINTS = {  # every stroke of a commit, and of the removal of an old step
 def install(fault):
     if fault is None:
         return
+    if isinstance(fault, list):
+        for own in fault:
+            install(own)
+        return
+    if fault["do"] in AT_ONCE:
+        return AT_ONCE[fault["do"]](fault)
     holder, name = find(fault["at"])
     own, calls = getattr(holder, name), [0]
 
@@ -73,6 +86,7 @@ def leave(fault):
 
 
 def block_for_ever(fault):
+    print(f"blocked at {time.monotonic()}", flush=True)  # one clock for all processes
     while True:
         time.sleep(60)
 
@@ -91,7 +105,31 @@ def fill(fault):
         setattr(holder, name, freed)
 
 
-DOES = {"kill": kill, "leave": leave, "block": block_for_ever, "full": fill}
+def fail(fault):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def tell(fault):
+    raise RuntimeError(f"with {os.environ['CANARY_TOKEN']} in hand")
+
+
+def drop(fault):
+    """Give up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, by which root passes every permission."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for low in range(3):  # effective, permitted, inheritable; the first three words are capabilities 0 to 31
+        sets[low] &= ~0b110
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+
+
+def put(fault):
+    holder, name = find(fault["at"])
+    setattr(holder, name, type(getattr(holder, name))(**fault["value"]))
+
+
+AT_ONCE = {"drop": drop, "set": put}
+DOES = {"kill": kill, "leave": leave, "block": block_for_ever, "full": fill, "fail": fail, "tell": tell}
 
 
 if __name__ == "__main__":

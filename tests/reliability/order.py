@@ -7,6 +7,8 @@ from llmtune.data.dataset import Counts, Dataset
 from tests.reliability.kills import LEAVE
 from tests.reliability.tiny import Row, curve, state_hash
 
+READING = "llmtune.data.batches:READ_AHEAD"
+
 
 def same_rows(resumes):
     """E1: 3 epochs, resumed at random steps by 1, 2 or 4 hosts, packed or not: the same batches."""
@@ -42,21 +44,30 @@ def make_dataset(ids, offsets):
 
 
 def same_curve(forge, ground, steps):
-    """E2: twice, and with other saves, evaluations and trackers."""
+    """E2: twice, and with other saves, evaluations, traces, and threads that read ahead."""
     variants = {
         "plain": {},
         "again": {},
         "saved each step": {"every": 1},
+        "read otherwise": {
+            "fault": {"do": "set", "at": READING, "value": {"num_threads": 1, "prefetch_buffer_size": 1}}
+        },
+        "logged elsewhere": {"flags": ["--profile", "3:4"]},
         "evaluated": {"evaluate": {"every": 3}, "data": {"validation": str(ground.path / "rows.jsonl")}},
     }
     found = {}
     for number, (name, sections) in enumerate(variants.items()):
         options = {"every": 10**6, **sections}
-        code = forge.train(ground.config(f"e2-{number}", steps=steps, **options), fault=LEAVE).wait()
+        fault, flags = options.pop("fault", None), options.pop("flags", [])
+        config = ground.config(f"e2-{number}", steps=steps, **options)
+        code = forge.train(config, *flags, fault=[LEAVE] if fault is None else [fault, LEAVE]).wait()
         directory = ground.path / f"e2-{number}"
         found[name] = (code, curve(directory), state_hash(directory))
     different = [name for name, own in found.items() if own != found["plain"]]
     figure = f"{len(variants)} runs of {steps} steps, {len(different)} of another curve or state {' '.join(different)}".strip()
     return Row(
-        "E2", "the same twice; with other saves and evaluations", figure, not different and found["plain"][0] == 0
+        "E2",
+        "the same twice; with other saves, evaluations, traces, reading ahead",
+        figure,
+        not different and found["plain"][0] == 0,
     )

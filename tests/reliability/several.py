@@ -13,19 +13,20 @@ import numpy as np
 
 from llmtune import exit_codes
 from tests.conftest import ROOT
+from tests.reliability.faults import COMMIT
 from tests.reliability.forge import ENVIRONMENT
 from tests.reliability.kills import LEAVE
 from tests.reliability.tiny import Row, curve, newest, rows_of, state_hash
 
 
-def start(forge, config, *flags, processes=2):
+def start(forge, config, *flags, processes=2, faults=(LEAVE, LEAVE)):
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
     if processes == 1:
         return [forge.train(config, *flags, fault=LEAVE)]
     return [
-        forge.train(config, *flags, "--processes", processes, "--process", index, "--coordinator", address, fault=LEAVE)
-        for index in range(processes)
+        forge.train(config, *flags, "--processes", processes, "--process", index, "--coordinator", address, fault=own)
+        for index, own in zip(range(processes), faults, strict=False)
     ]
 
 
@@ -82,6 +83,34 @@ def ask_one(forge, ground, steps=12):
     again, _ = train(forge, config)
     ok = codes == [143, 143] and saved == done > 0 and again == [0, 0] and len(curve(directory)) == steps
     return Row("A3", "SIGTERM to one of 2 processes", f"codes {codes}, both saved step {saved} of {done} done", ok)
+
+
+def fail_in_one(forge, ground):
+    """C1, two processes: the disk is full for one. At the commit they go on in place; while arrays are written both end."""
+    assert train(forge, ground.config("c1-two", steps=8, keep=9))[0] == [0, 0]
+    whole = ground.path / "c1-two"
+    first = {"do": "fail", "at": f"{COMMIT}:make_durable", "nth": 2}
+    second = {"do": "fail", "at": f"{COMMIT}:start_writing", "nth": 2}
+    found = {}
+    for name, faults in {"commit": [[first, LEAVE], LEAVE], "write": [LEAVE, [second, LEAVE]]}.items():
+        config, directory = ground.config(f"c1-{name}", steps=8, keep=9), ground.path / f"c1-{name}"
+        trainers = start(forge, config, faults=faults)
+        codes = [trainer.wait(120) for trainer in trainers]
+        told = sum(trainer.said.count("failed (no space left on device)") for trainer in trainers)
+        kept = {path.name for path in directory.glob("checkpoints/*")}
+        if name == "write":
+            assert train(forge, config)[0] == [0, 0]
+        same = (curve(directory), state_hash(directory)) == (curve(whole), state_hash(whole))
+        found[name] = (codes, told, kept >= {"2"} and all(own.isdecimal() for own in kept), same)
+    codes = [own[0] for own in found.values()]
+    figure = (
+        f"at the commit the run goes on in place and saves again (codes {codes[0]}), in the middle of the arrays both end "
+        f"(codes {codes[1]}) and go on; told in one line, curve and state the same"
+    )
+    ok = codes == [[0, 0], 2 * [exit_codes.RETRY]] and all(
+        told == 1 and kept and same for _, told, kept, same in found.values()
+    )
+    return Row("C1", "a save that fails in one of 2 processes", figure if ok else f"{found}", ok)
 
 
 def elastic(forge, ground, layout=(2, 1, 2), steps=18):

@@ -58,6 +58,11 @@ def test_corruption(tmp_path):
         check(corruption.all_bad(tmp_path, mesh(1, 1)))
 
 
+def test_no_permission(forge, ground):
+    by_day = {name: corruption.NO_RIGHT[name] for name in ("checkpoints", "step")}
+    check(corruption.no_permission(forge, ground, by_day))
+
+
 def test_meshes(tmp_path):
     check(corruption.across_meshes(tmp_path, [mesh(1, 1), mesh(2, 1), mesh(2, 4), mesh(1, 8), mesh(8, 1)]))
 
@@ -73,6 +78,7 @@ def test_a_lost_coordinator(forge, ground):
 
 @pytest.mark.nightly
 def test_processes(forge, ground):
+    check(several.fail_in_one(forge, ground))
     check(several.ask_one(forge, ground))
     check(several.elastic(forge, ground))
 

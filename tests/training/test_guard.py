@@ -189,3 +189,23 @@ def test_a_run_that_only_goes_wrong_ends_with_code_76_and_good_weights(stories, 
     assert caught.value.exit_code == 76 and len(str(caught.value).splitlines()) == 1
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows][-3:] == [1, 1, 1] and rows[0]["skipped"] == 0
+
+
+def test_a_roll_back_brings_the_state_of_the_good_step_bit_for_bit(stories, batches, tmp_path):
+    """Twelve batches of text and one of noise: what is saved after it is what was saved before, but for the place in the data."""
+    tokens, labels = (own[:13].copy() for own in batches)
+    tokens[12] = np.random.default_rng(0).integers(3, 512, tokens[12].shape)
+    labels[12] = tokens[12]
+    run = run_config(
+        tmp_path, stories, write_rows(tmp_path / "rows.jsonl", tokens, labels), checkpoint={"every": 5, "keep": 9},
+        train={"steps": 13, "batch_size": 4, "dtype": "float32"},
+        divergence={"spikes": "roll_back", "window": 8, "sigmas": 4.0},
+    )  # fmt: skip
+    llmtune.train(run, devices=jax.devices()[:1])
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["spike"]] == [13]
+    good, back = (
+        json.loads((tmp_path / f"run/checkpoints/{step}/MANIFEST.json").read_text())["arrays"] for step in (10, 13)
+    )
+    assert good.keys() == back.keys() and len(good) > 30
+    assert [name for name in good if good[name] != back[name]] == ["step"]

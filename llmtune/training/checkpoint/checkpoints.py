@@ -32,7 +32,7 @@ from llmtune.training.checkpoint.digest import digests, to_text
 from llmtune.training.checkpoint.manifest import DamagedError, Manifest
 from llmtune.training.checkpoint.retention import Retention
 from llmtune.training.files import written_plainly
-from llmtune.training.processes import is_first, wait_for_all
+from llmtune.training.processes import first_told, is_first, wait_for_all
 from llmtune.training.state import TrainState
 from llmtune.weights import path_name
 
@@ -57,7 +57,8 @@ class Checkpoints:
         self._say, self._note = say, note
         self._under_way: Commit | None = None
         self._failure: str | None = None  # of a save that could not even begin
-        self._failures = 0
+        self._failures = 0  # in a row
+        self._attempted: int | None = None  # the step of the save whose end was not yet seen by all
         self.committed: int | None = None  # the newest step of this session that counts
         self._figures: dict[int, dict[str, float]] = {}
         self._held: int | None = None
@@ -133,20 +134,26 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in target])
 
     def has_failed(self) -> bool:
-        """Whether the last save has ended badly. Asks, and does not wait; a save that has ended well counts from here on."""
-        over = self._under_way is not None and self._under_way.is_over
-        if self._under_way is not None and over and self._under_way.error is None:
-            self._settle()
-        return self._failure is not None or (over and self._under_way is not None)
+        """Whether the last save has ended badly here. Asks, and does not wait; what has ended well counts from here on."""
+        if self._failure is not None:
+            return True
+        if self._under_way is None or not self._under_way.is_over:
+            return False
+        if self._under_way.error is None:
+            self._count(self._under_way)
+        return self._under_way is not None
 
     def save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
-        """Start saving; waits for the save before, so that none is skipped. Raises LlmtuneRetryError after too many failures."""
+        """Start saving; waits for the save before, so that none is skipped. Raises LlmtuneRetryError after too many failures.
+
+        To be called in all processes at the same step, as are `finish` and `wait`: what fails in one of them has failed.
+        """
         self._settle()
         if self.committed == step:
             return
-        missing = self._missing_room(state)
-        if missing:
-            self._failure = missing
+        self._attempted = step
+        self._failure = first_told(self._missing_room(state))
+        if self._failure is not None:
             return
         kept = {name: float(value) for name, value in (figures or {}).items() if isinstance(value, (int, float))}
         try:
@@ -154,7 +161,7 @@ class Checkpoints:
                 self.directory, step, flatten(state), self._run, kept, lambda: self._retain(step, kept)
             )
         except Exception as error:
-            self._failure = _first_line(error)
+            self._fail(error, others_wait=True)
 
     def finish(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
         """Save, and return when the step counts in the eyes of all processes."""
@@ -169,24 +176,46 @@ class Checkpoints:
         self._settle()
 
     def _settle(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        failure, self._failure = self._failure, None
-        if under_way is not None:
-            error = under_way.wait()
-            if error is None:
-                self._failures, self.committed = 0, under_way.step
-                self._note(under_way.step)
-            else:
-                failure = _first_line(error)
+        """See a save to its end, in all processes."""
+        self._await()
+        attempted, self._attempted = self._attempted, None
+        failure, self._failure = first_told(self._failure), None
         if failure is None:
+            self._failures = 0 if attempted is not None else self._failures
             return
+        if self.committed == attempted:  # this process has done its part, and the step does not count all the same
+            self.committed = None
         self._failures += 1
         if is_first():
             steps.remove_halves(self.directory)
         told = f"{self.directory}: saving a checkpoint failed ({failure})"
-        if self._failures > self._retries or jax.process_count() > 1:
+        if self._failures > self._retries:
             raise LlmtuneRetryError(f"{told}; mend that, and the same command goes on from the last checkpoint")
         self._say(f"{told}; it is tried again")
+
+    def _await(self) -> None:
+        """Until this process's part of a save is over, good or bad."""
+        if self._under_way is None:
+            return
+        error = self._under_way.wait()
+        if error is None:
+            self._count(self._under_way)
+        else:
+            ended, self._under_way = self._under_way, None
+            self._fail(error, others_wait=not ended.arrays_written)
+
+    def _fail(self, error: Exception, *, others_wait: bool) -> None:
+        """Left to the next save, but where the others wait within Orbax for this process's part: they end with it."""
+        self._failure = _first_line(error)
+        if others_wait and jax.process_count() > 1:
+            raise LlmtuneRetryError(
+                f"{self.directory}: saving a checkpoint failed ({self._failure}); mend that, and the same command goes on "
+                "from the last checkpoint"
+            )
+
+    def _count(self, ended: Commit) -> None:
+        self._under_way, self.committed = None, ended.step
+        self._note(ended.step)
 
     def _missing_room(self, state: TrainState) -> str | None:
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
@@ -218,10 +247,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Where an error is already on its way, a failed save does not hide it."""
+        """Where an error is already on its way, a failed save does not hide it, and no other process is asked about it."""
         try:
-            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+            if error is None:
                 self._settle()
+            else:
+                with contextlib.suppress(Exception):
+                    self._await()
         finally:
             if self._held is not None:
                 os.close(self._held)

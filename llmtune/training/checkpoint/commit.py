@@ -34,6 +34,7 @@ class Commit:
         after: Callable[[], None],
     ):
         self.step = step
+        self.arrays_written = False  # by all processes: from then on none of them waits for another one
         self.error: Exception | None = None
         self._path, self._partial = directory / str(step), directory / f"{step}{PARTIAL}"
         self._run, self._figures, self._after = run, figures, after
@@ -56,6 +57,7 @@ class Commit:
     def _carry_through(self) -> None:
         try:
             self._written()
+            self.arrays_written = True
             if is_first():
                 self._commit()
                 self._after()

@@ -4,6 +4,7 @@ This module knows files and no arrays: a process that never imports jax can ask 
 """
 
 import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmtune.errors import LlmtuneRetryError
 from llmtune.training.checkpoint.manifest import FILE, DamagedError, Manifest, read_manifest
 
 PARTIAL, CORRUPT = ".partial", ".corrupt"
@@ -33,7 +35,10 @@ def damaged_steps(directory: Path) -> list[str]:
 
 
 def verify_step(path: Path) -> Manifest:
-    """The manifest of a step whose files are, byte by byte, those that were committed. Raises DamagedError."""
+    """The manifest of a step whose files are, byte by byte, those that were committed. Raises DamagedError.
+
+    And LlmtuneRetryError where they may not be read: whoever lacks the right to read a step knows nothing against it.
+    """
     try:
         if path.is_symlink():
             raise DamagedError("it is a link")
@@ -42,6 +47,8 @@ def verify_step(path: Path) -> Manifest:
             raise DamagedError(f"it holds step {manifest.step}")
         found = {str(file.relative_to(path)): file for file in _files(path) if file != path / FILE}
         for name in manifest.files.keys() - found.keys():
+            with contextlib.suppress(FileNotFoundError):
+                (path / name).lstat()  # where it may not be looked for, it is not missing
             raise DamagedError(f"{name} is missing")
         for name in found.keys() - manifest.files.keys():
             raise DamagedError(f"{name} was not written by llmtune")
@@ -49,17 +56,25 @@ def verify_step(path: Path) -> Manifest:
             raise DamagedError("bytes of its files have changed")
     except FileNotFoundError as error:
         raise DamagedError(f"{Path(error.filename).name} is missing") from None
+    except PermissionError as error:
+        raise _no_right(error) from None
     except OSError as error:
         raise DamagedError(f"it cannot be read ({error.strerror})") from None
     return manifest
 
 
 def read_step(path: Path) -> Manifest:
-    """The manifest of a step that was verified; raises DamagedError."""
+    """The manifest of a step that was verified; raises DamagedError, and LlmtuneRetryError where it may not be read."""
     try:
         return read_manifest((path / FILE).read_bytes())
+    except PermissionError as error:
+        raise _no_right(error) from None
     except OSError as error:
         raise DamagedError(f"{FILE} cannot be read ({error.strerror})") from None
+
+
+def _no_right(error: PermissionError) -> LlmtuneRetryError:
+    return LlmtuneRetryError(f"{error.filename}: {error.strerror}; mend that, and the same command goes on")
 
 
 def describe_files(path: Path, files: list[Path] | None = None) -> dict[str, dict[str, Any]]:

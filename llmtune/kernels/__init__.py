@@ -4,5 +4,6 @@ from llmtune.kernels.attention import attention
 from llmtune.kernels.cached_attention import cached_attention
 from llmtune.kernels.grouped_matmul import grouped_matmul
 from llmtune.kernels.masks import Mask, visible
+from llmtune.kernels.row_exchange import exchange_rows
 
-__all__ = ["Mask", "attention", "cached_attention", "grouped_matmul", "visible"]
+__all__ = ["Mask", "attention", "cached_attention", "exchange_rows", "grouped_matmul", "visible"]

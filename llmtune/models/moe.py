@@ -5,7 +5,8 @@
 
 No token is dropped: rows are sorted by expert, and each matrix of all experts is one grouped matmul over them. Every device
 sorts its own tokens; where experts are spread over devices, each computes its own experts for the tokens of its rows, and the
-parts of a token are added up once, after `down`. Arrays of sorted rows are [expert parts, batch parts, rows, width].
+parts of a token are added up once, after `down`. Arrays of sorted rows are [expert parts, batch parts, rows, width]. A strategy
+may have the tokens travel instead (`traveling_tokens.py`).
 
 Training adds the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, eqs. 4 to 6, with transformers' means over the
 tokens of all layers, padding left out) and, where the config asks for it, the router's z-loss (Zoph et al. 2022,
@@ -22,6 +23,7 @@ from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.linear import Linear
 from llmtune.models.mlp import Sums
 from llmtune.models.residual import beside_blocks
+from llmtune.models.traveling_tokens import through_spread_experts, tokens_travel
 from llmtune.sharding import parts, placed_by_compiler, spec
 from llmtune.weights import ArraySpec, Initializer, expert_linear, normal
 
@@ -50,6 +52,15 @@ class ExpertMLP(nnx.Module):
 
     def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(rows, sizes)) * self.up(rows, sizes), sizes)
+
+    def traveling(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, number: int) -> jax.Array:
+        """[batch, seq, hidden], each token having been where its experts are."""
+        module, kernels = nnx.split(self)
+
+        def apply(kernels: Any, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+            return nnx.merge(module, kernels)(rows[None, None], sizes[None, None])[0, 0]
+
+        return through_spread_experts(apply, kernels, x, chosen, weights, number)
 
 
 class MoE(nnx.Module):
@@ -85,6 +96,8 @@ class MoE(nnx.Module):
 
     def through_experts(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """The weighted sum of the chosen experts' results. chosen int32, weights float32, both [batch, seq, k]."""
+        if tokens_travel():
+            return self.experts.traveling(x, chosen, weights, self.number)
         batch, seq, width = x.shape
         ways, k = parts("batch"), self.chosen
         tokens = _reshape(x, (ways, batch // ways * seq, width), "batch", None, "act_embed")

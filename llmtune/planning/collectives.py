@@ -92,6 +92,10 @@ def _kind(opcode: str, computation: str) -> str | None:
 def _payload(kind: str, instruction: Instruction, ways: int) -> int:
     """Bytes of the whole: what is gathered, what is reduced before it is scattered, what is sent."""
     sizes = [_bytes(*found) for found in ARRAY.findall(instruction.shape)]
+    if (
+        instruction.opcode == "ragged-all-to-all-start"
+    ):  # ((rows, room for all that may come, ...), ...): no more travels than
+        return min(sizes[:2])  # the rows that the sender has; on the way back its room is as large as they are
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, contexts): the results
         parts = len(instruction.operands)
         sizes = sizes[parts : 2 * parts]

@@ -21,13 +21,17 @@ from jax.sharding import Mesh
 
 from llmtune.config import Run
 from llmtune.models.config import ModelConfig
+from llmtune.models.traveling_tokens import PIECE
 from llmtune.planning.abstract import Inputs, device_bytes
+from llmtune.planning.traffic import traveling
 from llmtune.sharding import Strategy, axis_size
 from llmtune.weights import vocabulary_loss
 
 # How many arrays of one size are there at once, fitted: in a block's backward pass, of the MLP's width (of experts more, since
 # sorted rows stand beside tokens) and of the residual's; around the loss, of the logits.
 INNER, EXPERTS, HIDDEN, LOGITS = 9.5, 10.6, 5.5, 3.5
+# Bytes, fitted, for each number of a device's own experts of one layer where tokens travel: gathered, widened, its gradient.
+HELD = 16
 CHUNK = 512  # tokens of a row whose logits a device holds at a time, where it has the head for itself
 
 
@@ -76,6 +80,11 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
     experts = config.experts
     inner = tokens * config.intermediate_size / ways("act_mlp")
     inner *= INNER if experts is None else EXPERTS * experts.num_experts_per_tok
+    held = 0.0
+    if experts is not None and traveling(strategy):
+        inner *= ways("expert") * min(1, PIECE / tokens)  # room for all that a piece of each device could send
+        matrices = 3 * config.hidden_size * config.intermediate_size / ways("act_mlp")
+        held = HELD * matrices * experts.num_local_experts / ways("expert")
     whole_logits = tokens * config.vocab_size / ways("act_vocab") * 4
     shared = ways("batch", "seq") > 1  # then `vocabulary_loss` cuts the vocabulary, else `head_loss` the rows
     logits = (
@@ -89,7 +98,7 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
         gradients=sum(map(_local, jax.tree.leaves(trainable))) * 4 * (1 if run.train.microbatches == 1 else 2),
         copies=sum(map(_local, wide)) * itemsize,
         kept=round(_kept(run, config, tokens, residual, ways) * config.num_hidden_layers),
-        block=round((inner + HIDDEN * residual) * itemsize),
+        block=round((inner + HIDDEN * residual) * itemsize + held),
         loss=round(LOGITS * logits + 4 * tokens * config.hidden_size),
     )
 

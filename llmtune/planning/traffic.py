@@ -4,6 +4,7 @@
     a weight that is shared        all-reduce of its gradient over the mesh axes that split the rows and not the weight
     rows of a split matrix         all-reduce of what it gives, forward; of a matrix split by columns: of its gradient, backward
     a split sequence               keys and values passed on from device to device, as far as causality or a window reaches
+    experts on an axis             all-reduce of their results; or of each token's rows an all-to-all, there and back, thrice
 
 A gradient that is scattered over more than one side of the torus at once counts as an all-reduce: that is what the TPU compiler
 makes of it. Every microbatch pays for its own. What is smaller than a matrix is left out.
@@ -22,6 +23,7 @@ from llmtune.config import Run
 from llmtune.kernels.context_attention import reach
 from llmtune.kernels.masks import Mask
 from llmtune.models.config import ModelConfig
+from llmtune.models.traveling_tokens import tokens_travel
 from llmtune.planning.abstract import Inputs
 from llmtune.planning.collectives import Collective, wire_bytes
 from llmtune.sharding import Strategy
@@ -62,7 +64,8 @@ def _of_weights(run: Run, inputs: Inputs, mesh: Mesh, strategy: Strategy) -> Ite
         layers = leaf.shape[0] if path.startswith("layers/") else 1
         parts = [_names(part) for part in leaf.sharding.spec]
         split = {axis for part in parts for axis in part}
-        gathered = [axis for axis in strategy.gather if axis in split]
+        held = _names(strategy.spec("expert")[0]) if "/experts/" in path else ()
+        gathered = [axis for axis in strategy.gather if axis in split and axis not in held]
         width = min(leaf.dtype.itemsize, compute)
         stored = leaf.size / layers * width / math.prod(mesh.shape[axis] for axis in split)
         gradient = stored / width * compute
@@ -82,16 +85,24 @@ def _of_activations(run: Run, config: ModelConfig, mesh: Mesh, strategy: Strateg
     split = math.prod(mesh.shape[axis] for axis in _names(strategy.spec("batch")[0]) + _names(strategy.spec("seq")[0]))
     tokens = run.train.batch_size * run.data.sequence_length / run.train.microbatches / split
     hidden = tokens * config.hidden_size * itemsize
-    for axis, again in (("act_heads", run.train.remat != "none"), ("act_mlp", False), ("expert", False)):
-        over = _names(strategy.spec(axis)[0])
-        if axis != "expert" or config.experts is not None:
-            yield "all-reduce", over, hidden, layers * (2 + again)
+    for axis, again in (("act_heads", run.train.remat != "none"), ("act_mlp", False)):
+        yield "all-reduce", _names(strategy.spec(axis)[0]), hidden, layers * (2 + again)
+    if config.experts is not None:
+        over, travel = _names(strategy.spec("expert")[0]), traveling(strategy)
+        sent = hidden * config.experts.num_experts_per_tok
+        yield ("ragged-all-to-all", over, sent, 6 * layers) if travel else ("all-reduce", over, hidden, 2 * layers)
     keys = 2 * tokens * config.num_key_value_heads * config.head_dim * itemsize
     context = _names(strategy.spec("seq")[0])
     cut = math.prod(mesh.shape[axis] for axis in context)
     for window, count in Counter(map(config.window, range(layers))).items() if cut > 1 else ():
         passed = reach(Mask(window=window), run.data.sequence_length // cut, cut)
         yield "collective-permute", context, passed * keys, count * (3 if run.train.remat != "none" else 2)
+
+
+def traveling(strategy: Strategy) -> bool:
+    """Whether tokens travel to experts (`llmtune.models.traveling_tokens`)."""
+    with strategy.active():
+        return tokens_travel()
 
 
 def sides(mesh: Mesh, axis: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmtune.sharding.strategy import ShardingError, Strategy, spec
 
@@ -37,12 +37,19 @@ def parts(axis: str) -> int:
     return 1 if part is None else axis_size(mesh, part)
 
 
+def on_own_part() -> bool:
+    """Whether what is traced sees plain arrays, those of one device: without a mesh, or inside of `shard_map`."""
+    return all(kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
+
+
 def placed_by_compiler(function: Callable, *out_axes: str | None) -> Callable[..., jax.Array]:
     """The function with shardings chosen by XLA inside, its result laid out as `out_axes` say.
 
     For what explicit axes refuse: gathers with two sharded operands, sorting along a sharded axis, and the like. All traced
     values must be arguments; none may be closed over.
     """
+    if on_own_part():
+        return function
     return jax.sharding.auto_axes(function, out_sharding=spec(*out_axes))  # type: ignore[return-value]
 
 

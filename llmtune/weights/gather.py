@@ -45,9 +45,11 @@ def gather_to_multiply(w: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Arra
     return w
 
 
-def gather_inside(w: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
-    """The same inside `shard_map`: `w` is this device's own part, laid out as `parts` say."""
+def gather_inside(w: jax.Array, parts: tuple[Part, ...], *, kept: tuple[str, ...] = ()) -> jax.Array:
+    """The same inside `shard_map`: `w` is this device's own part, laid out as `parts` say. It stays split over `kept`."""
     for axis in current().gather:
+        if axis in kept:
+            continue
         for dimension, part in enumerate(parts):
             if axis in names_of(part):
                 w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True)

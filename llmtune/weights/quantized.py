@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llmtune.sharding import on_own_part
 from llmtune.weights.contract import contract, expert_contract
 from llmtune.weights.gather import gather
 from llmtune.weights.operator import Operator
@@ -99,7 +100,7 @@ class Quantized(Operator):
 def _decoded(stored: Quantized, dtype: Any) -> jax.Array:
     """The matrices [..., in, out] in this dtype, laid out as the codes are."""
     decode = _over_leading(lambda own: own.decode_one().astype(dtype), stored.codes.ndim - 2)
-    if jax.sharding.get_abstract_mesh().empty:
+    if on_own_part():
         return decode(stored)
     layout = PartitionSpec(*jax.typeof(stored.codes).sharding.spec)
     return jax.sharding.auto_axes(decode, out_sharding=layout)(stored)  # type: ignore[return-value]

@@ -66,7 +66,7 @@ CASES = (
     Case("llama3.1-8b", "v6e:8x8", 192, 8192),
     Case("llama3.1-70b", "v5p-256", 128, 8192),
     Case("mistral-7b-v0.1", "v5e:4x4", 16, 4096),
-    Case("mixtral-8x7b", "v5p-128", 512, 4096, ("fsdp", "fsdp_torus", "fsdp_tensor", "expert")),
+    Case("mixtral-8x7b", "v5p-128", 512, 4096, ("fsdp", "fsdp_torus", "fsdp_tensor", "expert", "expert_all_to_all")),
     Case("llama3.1-8b", "v6e:2x4", 16, 4096, ("ddp", "fsdp", "fsdp_torus", "tensor"), "lora"),
     Case("llama3.1-8b", "v5e:2x4", 8, 4096, ("ddp", "fsdp", "fsdp_torus", "tensor"), "qlora"),
     Case("llama3.1-8b", "v5p-64", 4, 131072, ("fsdp_torus", "sequence", "context")),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmtune.planning.hlo import Instruction, Module
+from llmtune.planning.hlo import Computation, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 SHARED_CHANNEL = "1"  # that of all collectives inside of a `shard_map`
@@ -55,12 +55,12 @@ def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> li
                     channel = f"{name}/{instruction.name}"
                 times, found = runs[name], once.get(channel)
                 if found is None or found[0] < times:
-                    once[channel] = times, kind, instruction
+                    once[channel] = times, kind, instruction, computation
     sums: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for times, kind, instruction in once.values():
+    for times, kind, instruction, computation in once.values():
         group = _group(instruction, math.prod(sizes))
         ways = 2 if kind == "collective-permute" else len(group)
-        payload = _payload(kind, instruction, ways)
+        payload = _payload(kind, instruction, ways, computation)
         own = sums[kind, mesh_axes(group, axes, sizes), ways]
         own[0] += times
         own[1] += times * payload
@@ -89,17 +89,22 @@ def _kind(opcode: str, computation: str) -> str | None:
     return base if base in KINDS else None
 
 
-def _payload(kind: str, instruction: Instruction, ways: int) -> int:
+def _payload(kind: str, instruction: Instruction, ways: int, beside: Computation) -> int:
     """Bytes of the whole: what is gathered, what is reduced before it is scattered, what is sent."""
-    sizes = [_bytes(*found) for found in ARRAY.findall(instruction.shape)]
-    if (
-        instruction.opcode == "ragged-all-to-all-start"
-    ):  # ((rows, room for all that may come, ...), ...): no more travels than
-        return min(sizes[:2])  # the rows that the sender has; on the way back its room is as large as they are
+    sizes = _sizes(instruction)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, contexts): the results
         parts = len(instruction.operands)
         sizes = sizes[parts : 2 * parts]
+    if (
+        kind == "ragged-all-to-all"
+    ):  # the rows that the sender has, or gets back, whatever room there is on the other side
+        return min(sizes[0], _sizes(beside[instruction.operands[0]])[0])
     return sum(sizes) * (ways if instruction.opcode.startswith("reduce-scatter") else 1)
+
+
+def _sizes(instruction: Instruction) -> list[int]:
+    """Bytes of each array of its type."""
+    return [_bytes(*found) for found in ARRAY.findall(instruction.shape)]
 
 
 def _bytes(dtype: str, dimensions: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmtune.sharding import ShardingError, on_own_part
 from llmtune.weights.operator import is_operator
 from llmtune.weights.spec import path_name
 
@@ -20,6 +21,11 @@ def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
     """Each element is zero with probability `rate`, else x / (1 - rate); without a key, x as it is."""
     if key is None or rate == 0:
         return x
+    if not jax.sharding.get_abstract_mesh().empty and on_own_part():
+        raise ShardingError(
+            "adapt.dropout: what is dropped of rows that travel to experts would depend on the mesh; leave it 0, adapt no "
+            "experts, or take a strategy under which tokens stay, such as fsdp_torus"
+        )
     kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 

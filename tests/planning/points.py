@@ -47,6 +47,13 @@ POINTS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {  # name: topolo
     "nemo-v5p16-fsdp": ("v5p:2x2x4", "mistral-nemo-12b", 32, 4096, on("fsdp")),
     "mixtral-v5p4-qlora-expert": ("v5p:2x2x1", "mixtral-8x7b", 4, 2048, {**on("expert"), **QLORA}),
     "mixtral-v5p64-expert": ("v5p:4x4x4", "mixtral-8x7b", 256, 4096, on("expert", data=1, fsdp=16, expert=4)),
+    "mixtral-v5p64-all-to-all": (
+        "v5p:4x4x4",
+        "mixtral-8x7b",
+        512,
+        4096,
+        on("expert_all_to_all", data=4, fsdp=4, expert=4),
+    ),
     "1b-v5e4-fsdp": ("v5e:2x2", "llama3.2-1b", 8, 2048, on("fsdp")),
     "1b-v5e4-ddp": ("v5e:2x2", "llama3.2-1b", 4, 2048, on("ddp")),
     "1b-v5e4-zero1": ("v5e:2x2", "llama3.2-1b", 4, 2048, on("zero1")),

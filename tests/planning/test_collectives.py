@@ -40,6 +40,10 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %y = bf16[8,64] all-gather-start(%x), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
   %z = f32[4] reduce-scatter(%x), channel_id=5, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %s = f32[4] collective-permute(%x), channel_id=6, source_target_pairs={{0,1},{1,0}}
+  %rows = bf16[4,8] parameter(1)
+  %away = bf16[32,8] ragged-all-to-all(%rows, %y), channel_id=7, replica_groups={{0,1},{2,3}}
+  %room = bf16[32,8] parameter(2)
+  %back = ((bf16[32,8], bf16[4,8]), bf16[4,8], u32[]) ragged-all-to-all-start(%room, %y), channel_id=8, replica_groups={{0,1},{2,3}}
   ROOT %r = f32[8,16] get-tuple-element(%loop), index=1
 }
 """
@@ -52,6 +56,8 @@ def test_text_by_hand():
     assert scanned.wire == 5 * round(8 * 16 * 4 * 2 * 3 / 4)
     scattered = found["reduce-scatter"]
     assert (scattered.axes, scattered.payload, scattered.wire) == ("tensor", 2 * 16, 16)
+    traveled = found["ragged-all-to-all"]  # four rows of the sender's, whatever room the receiver has
+    assert (traveled.axes, traveled.payload, traveled.wire) == ("tensor", 2 * 4 * 8 * 2, 2 * 32)
     assert (found["collective-permute"].wire, found["collective-permute"].axes) == (16, "tensor")
 
 

@@ -43,7 +43,7 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %rows = bf16[4,8] parameter(1)
   %away = bf16[32,8] ragged-all-to-all(%rows, %y), channel_id=7, replica_groups={{0,1},{2,3}}
   %room = bf16[32,8] parameter(2)
-  %back = ((bf16[32,8], bf16[4,8]), bf16[4,8], u32[]) ragged-all-to-all-start(%room, %y), channel_id=8, replica_groups={{0,1},{2,3}}
+  %back = ((bf16[32,8], bf16[4,8]), bf16[4,8]) ragged-all-to-all-start(%room, %y), channel_id=8, replica_groups={{0,1},{2,3}}
   ROOT %r = f32[8,16] get-tuple-element(%loop), index=1
 }
 """

@@ -19,13 +19,13 @@ from llmtune.config import Sharding
 from llmtune.config.file import build_run
 from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.decoder import declare
-from llmtune.sharding import axis_size
+from llmtune.sharding import REPLICATED, axis_size, make_mesh, put
 from llmtune.training.program import assemble
 from llmtune.training.state import init_state
 from llmtune.training.state_layout import state_layouts
 from llmtune.training.weights import Weights, choose_layout
 from llmtune.transforms import build, chain, full, lora, partition, quantize
-from llmtune.weights import ArraySpec, materialize, path_name
+from llmtune.weights import ArraySpec, materialize, path_name, shardings
 
 STEPS, BATCH, SEQ, VOCAB = 20, 8, 64, 160
 DENSE = ModelConfig("LlamaForCausalLM", VOCAB, 64, 128, 2, 4, 4, 16)
@@ -60,6 +60,20 @@ BY_DAY = [
 
 
 @functools.cache
+def drawn(model, method):
+    """Initial values of the model and of what the transform adds, on the host: drawn once, not anew for every mesh."""
+    declared = declare(MODELS[model])[1]
+    mesh = make_mesh({}, jax.devices()[:1])
+    specs = (declared, TRANSFORMS[method](targets_of(model)).init(declared))
+    with jax.set_mesh(mesh):
+        return jax.device_get(materialize(specs, jax.random.key(0), mesh, REPLICATED))
+
+
+def targets_of(model):
+    return ["attention", "experts"] if model == "mixtral" else "all-linear"
+
+
+@functools.cache
 def trained(strategy, model, method):
     """(losses of 20 steps, HLO of the step, mesh, strategy, state, declared weights that train); strategy None: one device."""
     sizes = MESHES[strategy] if strategy else {}
@@ -69,15 +83,15 @@ def trained(strategy, model, method):
          "optimizer": {"learning_rate": 1e-3}, "train": {"steps": STEPS, "batch_size": BATCH, "dtype": "float32"}}, "grid",
     )  # fmt: skip
     graphdef, declared = declare(MODELS[model])
-    transform = TRANSFORMS[method](["attention", "experts"] if model == "mixtral" else "all-linear")
+    transform = TRANSFORMS[method](targets_of(model))
     mesh, table = choose_layout(Sharding(strategy or "fsdp", sizes), declared, devices)
     rows = np.random.default_rng(0).integers(0, VOCAB, (STEPS, BATCH, SEQ)).astype(np.int32)
     segments = np.ones((BATCH, SEQ), np.int32)
     segments[:, 40:], segments[0, 60:] = 2, 0
     positions = np.tile(np.r_[:40, :24].astype(np.int32), (BATCH, 1))
     with jax.set_mesh(mesh):
-        draw = functools.partial(materialize, key=jax.random.key(0), mesh=mesh, strategy=table)
-        params = build(transform, draw(declared), draw(transform.init(declared)))
+        specs = (declared, transform.init(declared))
+        params = build(transform, *jax.tree.map(put, drawn(model, method), shardings(specs, mesh, table)))
         adapted = transform.apply(declared, transform.init(declared))
         specs = partition(adapted, transform.trains)[0]
         trainable, frozen = partition(params, transform.trains)

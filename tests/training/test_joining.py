@@ -11,6 +11,7 @@ from llmtune import exit_codes
 from llmtune.errors import LlmtuneConfigError
 from llmtune.training.joining import Place, _absent, _own_name, join
 from tests.conftest import ROOT
+from tests.processes import free_address, side_by_side
 
 JOIN = """
 import sys
@@ -26,7 +27,7 @@ from llmtune.failures import tell
 from llmtune.training.joining import Place, ending_at_once, join
 from llmtune.training.processes import wait_for_all
 from llmtune.training.stopping import Interrupted
-with ending_at_once(tell), join(Place(sys.argv[1], 2, int(sys.argv[2])), 60.0, 120.0):
+with ending_at_once(tell), join(Place(sys.argv[1], 2, int(sys.argv[2])), 500.0, 300.0):
     wait_for_all("both are here")
     if sys.argv[2] == "1":
         raise {"mistake": LlmtuneConfigError("model: a mistake"), "signal": Interrupted(15)}[sys.argv[3]]
@@ -37,8 +38,7 @@ with ending_at_once(tell), join(Place(sys.argv[1], 2, int(sys.argv[2])), 60.0, 1
 @pytest.fixture
 def closed():
     """An address where nobody listens."""
-    with socket.create_server(("localhost", 0)) as free:
-        return f"localhost:{free.getsockname()[1]}"
+    return free_address()
 
 
 def wait_in_vain(address, index):
@@ -66,21 +66,9 @@ def test_a_process_that_waits_in_vain_says_what_to_check(closed, index):
     ],
 )
 def test_what_ends_one_process_ends_it_at_once_with_its_own_code(closed, what, code, line):
-    """Long before a heartbeat of 60 s is missed: the other hears of it by the connection."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAIL, closed, str(index), what],
-            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=50)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [exit_codes.RETRY, code]
+    """Long before a heartbeat of 500 s is missed: the other hears of it by the connection."""
+    codes, said = side_by_side([[sys.executable, "-c", FAIL, closed, index, what] for index in range(2)], timeout=400)
+    assert codes == [exit_codes.RETRY, code], said
     assert "process 1 of 2 is lost (its connection broke)" in said[0] and line in said[1]
 
 

@@ -1,9 +1,6 @@
 """Runs of several processes: one curve, one directory, written by the first."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 
 import jax
@@ -18,6 +15,7 @@ from llmtune.config.data import Data
 from llmtune.pretrained import source
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.trackers import open_trackers
+from tests.processes import free_address, side_by_side
 from tests.runs import read_curve, run_config
 
 PROCESS = """
@@ -63,18 +61,9 @@ def test_two_processes_train_evaluate_and_export_like_one(starter, tmp_path):
     one = run_config(tmp_path, starter, rows, name="one", **sections)
     llmtune.train(one, devices=jax.devices()[:1])
     run_config(tmp_path, starter, rows, name="two", **sections)
-    with socket.create_server(("localhost", 0)) as free:
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(index), str(tmp_path / "two.yaml")],
-            env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    command, address = [sys.executable, "-c", PROCESS], free_address()
+    codes, said = side_by_side([[*command, address, index, tmp_path / "two.yaml"] for index in range(2)])
+    assert codes == [0, 0], said
     assert "report: " in said[0] and "report: " not in said[1]
 
     np.testing.assert_allclose(read_curve(tmp_path / "two")[0], read_curve(tmp_path / "one")[0], rtol=1e-5)

@@ -42,7 +42,10 @@ class Mixture:
 def short_names(paths: Sequence[str]) -> tuple[str, ...]:
     """`chats` of `data/chats.jsonl.gz`; where several would be called the same, a number follows."""
     stems = [Path(path).name.split(".")[0] or path for path in paths]
-    return tuple(stem if stems.count(stem) == 1 else f"{stem}-{n}" for n, stem in enumerate(stems, 1))
+    names = tuple(stem if stems.count(stem) == 1 else f"{stem}-{n}" for n, stem in enumerate(stems, 1))
+    if len(set(names)) == len(names):
+        return names
+    return tuple(f"{stem}-{n}" for n, stem in enumerate(stems, 1))  # a file is called as a number made another
 
 
 def _stream(size: int, begin: int, end: int, key: tuple[int, int] | None) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.data.mixture import Mixture
+from llmtune.data.mixture import Mixture, short_names
 from llmtune.data.packing import plan_epoch
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
@@ -65,3 +65,15 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(sizes, epoch, shuffle):
 def test_without_shuffling_sources_follow_each_other_in_file_order(packing):
     order = rows(Mixture((4, 4), (0.5, 1)), 1, shuffle=False, packing=packing)
     assert order == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["chats.jsonl.gz", "code"], ("chats", "code")),
+        (["a/rows.jsonl", "b/rows.jsonl"], ("rows-1", "rows-2")),
+        (["a/rows.jsonl", "b/rows.jsonl", "rows-1.txt"], ("rows-1", "rows-2", "rows-1-3")),
+    ],
+)
+def test_each_source_has_a_name_of_its_own(paths, names):
+    assert short_names(paths) == names

@@ -155,7 +155,9 @@ def test_a_base_that_loftq_alternated_for_is_exported_with_its_adapter(stories, 
         np.testing.assert_array_equal(value, uninterrupted[key], err_msg=key)
 
 
-@pytest.mark.parametrize("into", [pytest.param("dequantized", marks=pytest.mark.nightly), "original"])  # and tests/multihost
+@pytest.mark.parametrize(
+    "into", [pytest.param("dequantized", marks=pytest.mark.nightly), "original"]
+)  # and tests/multihost
 def test_the_merged_export_says_what_it_was_merged_into_and_what_that_moved(stories, rows, tmp_path, into):
     """The stored base plus the adapter, or the decoded one: tensor by tensor, and the logits that transformers finds."""
     train = {"steps": 4, "batch_size": 4, "dtype": "float32"}

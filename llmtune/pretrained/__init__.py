@@ -26,7 +26,8 @@ from llmtune.pretrained.adapters import (
 )
 from llmtune.pretrained.added import read_branches
 from llmtune.pretrained.conversion import LAYOUTS, Converted, conversion_plan, convert, export_quantized
-from llmtune.pretrained.source import Progress, Resize, Source, copy_notices, load, open_source, save, stored_matrices
+from llmtune.pretrained.saving import copy_notices, save, stored_matrices
+from llmtune.pretrained.source import Progress, Resize, Source, load, open_source
 
 __all__ = [
     "LAYOUTS",

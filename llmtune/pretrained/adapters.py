@@ -21,7 +21,8 @@ from checkpoints_convert.safetensors_reader import read_json
 from llmtune.errors import LlmtuneConfigError, LlmtuneFormatError
 from llmtune.models.config import ModelConfig
 from llmtune.pretrained.added import ADDED, Family, Weights, added_name
-from llmtune.pretrained.source import Source, fetch_from, on_host, open_source
+from llmtune.pretrained.saving import fetch_from, on_host
+from llmtune.pretrained.source import Source, open_source
 from llmtune.transforms import (
     Factors,
     Gains,

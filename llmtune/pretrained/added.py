@@ -14,7 +14,7 @@ from checkpoints_convert import peft
 from checkpoints_convert.peft import bottleneck, virtual
 from llmtune.errors import LlmtuneFormatError
 from llmtune.models.config import ModelConfig
-from llmtune.pretrained.source import on_host
+from llmtune.pretrained.saving import on_host
 from llmtune.transforms import Transform, fusion_from, parallel_from, prefix_from, prompt_from, sequential_from
 from llmtune.weights import (
     Bottleneck,

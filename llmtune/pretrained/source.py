@@ -1,51 +1,38 @@
-"""Base models: Hugging Face directories and presets, in and out.
+"""Base models, read: Hugging Face directories and presets.
 
 source = open_source("path/to/hf_dir")            config and tokenizer directory; weights stay on disk
 params = load(source, declared, mesh, strategy)   straight into shardings, tensor by tensor
-save(path, params, source)                        a Hugging Face directory, merged
 """
 
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import yaml
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from checkpoints_convert import companions, hf_config, hf_weights
 from checkpoints_convert.fingerprint import fingerprint
 from checkpoints_convert.safetensors_reader import Weights, open_directory, read_json
-from checkpoints_convert.stacks import depths, placed
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.config import ModelConfig
-from llmtune.sharding import Strategy, make_mesh, placed_by_compiler
+from llmtune.sharding import Strategy, placed_by_compiler
 from llmtune.shipped import configs_directory, resolve
 from llmtune.transforms import (
-    EMBEDDING,
-    HEAD,
-    refuse_without_dense,
     resize_vocabulary,
-    weights_by_path,
     without_vocabulary_axis,
 )
 from llmtune.weights import (
     Quantized,
-    dense,
-    has_codes,
     is_operator,
-    layer,
-    map_stacked,
     materialize,
-    on_another_base,
     shardings,
 )
 
@@ -178,13 +165,13 @@ def load(
         return _drawn(declared, mesh, strategy, dtype, seed)
     layouts = shardings(declared, mesh, strategy)  # what does not divide is named before anything is read
     if source.resize is None:
-        weights = _weights(source, source.config)
+        weights = weights_of(source, source.config)
         return hf_weights.load_params(weights, source.config, declared, layouts, dtype=dtype, progress=progress)
     stored = replace(source.config, vocab_size=source.resize.stored)
     back = resize_vocabulary(tokens=0, size=source.resize.stored).apply(declared, {})
     loose = without_vocabulary_axis(back)
     layouts = shardings(loose, mesh, strategy)
-    weights = _weights(source, stored)
+    weights = weights_of(source, stored)
     params = hf_weights.load_params(weights, stored, loose, layouts, dtype=dtype, progress=progress)
     return _resized(params, back, source, mesh, strategy, seed)
 
@@ -204,7 +191,8 @@ def _drawn(declared: Any, mesh: Mesh, strategy: Strategy, dtype: str | None, see
     return jax.tree_util.tree_map_with_path(finish, declared, given, is_leaf=is_operator)
 
 
-def _weights(source: Source, config: ModelConfig) -> Weights:
+def weights_of(source: Source, config: ModelConfig) -> Weights:
+    """The tensors on disk of a source that is a directory, under the names of a model of that configuration."""
     assert source.directory is not None
     return source.opened or hf_weights.open_weights(source.directory, config)
 
@@ -221,102 +209,3 @@ def _resized(params: Any, declared: Any, source: Source, mesh: Mesh, strategy: S
             return transform.apply(ends, noise)
 
     return {**params, **resize({end: params[end] for end in ("embed", "head")}, noise)}
-
-
-def save(
-    path: Path,
-    params: Any,
-    source: Source,
-    *,
-    dtype: str | None = None,
-    tokenizer: Path | None = None,
-    base: hf_weights.Fetch | None = None,
-    complete: Callable[[Path], None] = lambda directory: None,
-    progress: Progress = lambda done: None,
-) -> None:
-    """A merged Hugging Face directory; config, notices and tokenizer (`tokenizer`: another's directory) beside the weights.
-
-    Each tensor in `dtype`, or, where that is None, in its dtype on disk (for a preset: in the dtype that it names).
-    `base`: where the matrices come from that adapters on quantised bases are merged into (`stored_matrices`); None: what the
-    codes decode to. `complete` puts into the directory what else belongs there, before it appears. What cannot be merged
-    is refused.
-    """
-    refuse_without_dense(params)
-
-    def finish(directory: Path) -> None:
-        if tokenizer is not None:
-            companions.replace_tokenizer(tokenizer, directory)
-        complete(directory)
-
-    hf_weights.save_directory(
-        path,
-        fetch_from(weights_by_path(params), base),
-        source.config,
-        source.hf_config,
-        source.directory,
-        source.companions,
-        dtype=dtype,
-        stored_dtype=source.hf_config.get("dtype") or source.hf_config.get("torch_dtype") or "float32",
-        complete=finish,
-        progress=progress,
-    )
-
-
-def fetch_from(weights: Mapping[str, Any], base: hf_weights.Fetch | None = None) -> hf_weights.Fetch:
-    """(path, place in a stack of all layers) -> the dense matrix on the host; for `base` see `save`."""
-    cut = depths(weights)
-
-    def fetch(path: str, index: tuple[int, ...]) -> np.ndarray:
-        name, place = placed(path, index, cut)
-        weight = weights[name]
-        if len(place) == 2:
-            weight = map_stacked(lambda leaf: _expert(leaf, place), weight)
-        elif place:
-            weight = layer(weight, place[0])
-        if base is not None and has_codes(weight):
-            weight = on_another_base(jax.tree.map(on_host, weight), base(path, index))
-        return on_host(dense(weight) if is_operator(weight) else weight)
-
-    return fetch
-
-
-def stored_matrices(source: Source) -> hf_weights.Fetch:
-    """The matrices as they lie in the source's files, one at a time."""
-    if source.directory is None:
-        raise LlmtuneConfigError(
-            f"{source.name}: a preset has no stored weights to merge into; merge into the dequantised"
-        )
-    if not source.untied:
-        return hf_weights.stored_matrices(_weights(source, source.config), source.config)
-    tied = replace(source.config, tie_word_embeddings=True)
-    fetch = hf_weights.stored_matrices(_weights(source, tied), tied)
-    return lambda path, place: fetch(EMBEDDING, place).T if path == HEAD else fetch(path, place)
-
-
-def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array. Of one that is spread over several processes each gets the others' parts: all must ask for it."""
-    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(jax.device_get(array))
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
-    """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
-    if not weight.is_fully_addressable:
-        return on_host(weight[place])
-    out = np.empty(weight.shape[len(place) :], weight.dtype)
-    for shard in weight.addressable_shards:
-        ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]
-        if all(start <= at < stop for at, (start, stop, _) in zip(place, ranges, strict=False)):
-            local = tuple(at - start for at, (start, _, _) in zip(place, ranges, strict=False))
-            with jax.set_mesh(
-                make_mesh({}, [shard.device])
-            ):  # the slice is of this device alone, whatever mesh we are under
-                out[shard.index[len(place) :]] = np.asarray(shard.data[local])
-    return out
-
-
-def copy_notices(source: Source, directory: Path) -> None:
-    """The base's licence, notices and use policy, without which nothing that is derived from it may be passed on."""
-    if source.directory is not None:
-        companions.copy_companions(source.directory, directory, companions.NOTICES)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import llmtune
 from llmtune.config import Run
 from llmtune.config.data import Data
-from llmtune.pretrained import source
+from llmtune.pretrained import saving
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.trackers import open_trackers
 from tests.processes import free_address, side_by_side
@@ -41,8 +41,8 @@ def test_the_first_process_alone_writes(monkeypatch, tmp_path, index):
 
 def test_an_export_takes_all_processes_and_the_first_writes(monkeypatch, stories, tmp_path):
     """What is spread over processes is put together by all of them: they ask for the same, in the same order."""
-    model, asked, on_host = llmtune.load(stories), [], source.on_host
-    monkeypatch.setattr(source, "on_host", lambda array: (asked.append(array.shape), on_host(array))[1])
+    model, asked, on_host = llmtune.load(stories), [], saving.on_host
+    monkeypatch.setattr(saving, "on_host", lambda array: (asked.append(array.shape), on_host(array))[1])
     model.save(tmp_path / "first")
     first, asked[:] = [*asked], []
     be(monkeypatch, 1, count=1)

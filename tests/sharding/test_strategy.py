@@ -26,7 +26,19 @@ def test_one_mesh_axis_twice_in_a_tensor_is_refused():
         Strategy("s", {"embed": ("fsdp",), "mlp": ("fsdp",)}).spec("embed", "mlp")
 
 
-SHIPPED = ["context", "ddp", "expert", "fsdp", "fsdp_tensor", "fsdp_torus", "hsdp", "sequence", "tensor", "zero1"]
+SHIPPED = [
+    "context",
+    "ddp",
+    "expert",
+    "expert_all_to_all",
+    "fsdp",
+    "fsdp_tensor",
+    "fsdp_torus",
+    "hsdp",
+    "sequence",
+    "tensor",
+    "zero1",
+]
 
 
 def test_shipped_strategies_load_and_say_what_they_do():
@@ -38,7 +50,7 @@ def test_shipped_strategies_load_and_say_what_they_do():
 
 
 def test_unknown_strategy_lists_the_known():
-    with pytest.raises(ShardingError, match="known: context, ddp, expert, fsdp, fsdp_tensor"):
+    with pytest.raises(ShardingError, match="known: context, ddp, expert, expert_all_to_all, fsdp, fsdp_tensor"):
         load_strategy("zero9", configs_directory() / "strategies")
 
 

@@ -153,6 +153,7 @@ def test_adapters_move_and_all_else_is_bit_equal(name):
     np.testing.assert_allclose(adapted, plain_logits(config, NF4 if "nf4" in name else identity), atol=2e-5)
     trains = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)}
     assert {path.rsplit("/", 1)[-1] for path in trains} == fields
+    assert not [path for path in trains if "/base" in path]  # what was taken out of a weight stays, like the weight
     old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
     for path, value in old.items():
         if path_name(path) in trains:

@@ -62,7 +62,13 @@ def values_of(method, config):
     return Branches({path: {name: 3 * value for name, value in own.items()} for path, own in drawn.items()}, {})
 
 
-@pytest.fixture(scope="module", params=list(TRANSFORMS))
+BY_NIGHT = ("IA3", "VERA")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(own, marks=pytest.mark.nightly) if own in BY_NIGHT else own for own in TRANSFORMS],
+)
 def written(request, base, tmp_path_factory):
     method, directory = request.param, tmp_path_factory.mktemp("adapter") / "first"
     config = pretrained.open_source(str(base)).config

@@ -160,7 +160,9 @@ def _read_table(path: Path) -> Mapping[str, object]:
     except UnicodeDecodeError as error:
         raise ShardingError(f"{path}: not UTF-8 (byte {error.start})") from None
     except yaml.YAMLError as error:
-        raise ShardingError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        raise ShardingError(f"{path}: {line}not valid YAML ({problem or type(error).__name__})") from None
     if table is None:
         raise ShardingError(f"{path}: empty; a strategy has `about`, `axes`, `gather` and `state`")
     if not isinstance(table, dict):

@@ -68,7 +68,9 @@ MESHES = {
     "fsdp_torus": {"data": 2, "fsdp": 4},
     "fsdp_tensor": {"fsdp": 4, "tensor": 2},
     "expert": {"fsdp": 4, "expert": 2},
+    "expert_all_to_all": {"data": 2, "fsdp": 2, "expert": 2},
 }
+OF_EXPERTS = ("expert", "expert_all_to_all", "fsdp")
 
 
 def setting(strategy):
@@ -164,7 +166,7 @@ def test_adapters_move_and_all_else_is_bit_equal(name):
 
 EIGHT = [("dora", "fsdp_tensor"), ("dora on experts", "expert")]
 GRID = [(name, strategy) for name in METHODS for strategy in ("fsdp_torus", "fsdp_tensor")]
-GRID += [(name, strategy) for name in METHODS if METHODS[name][0] is MIXTURE for strategy in ("expert", "fsdp")]
+GRID += [(name, strategy) for name in METHODS if METHODS[name][0] is MIXTURE for strategy in OF_EXPERTS]
 
 
 @pytest.mark.parametrize(

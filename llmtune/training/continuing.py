@@ -7,6 +7,7 @@ Steps, schedule and data begin anew, and so does the optimizer's state: rates th
 continued pre-training needs (Ibrahim et al. 2024, arXiv:2403.08763). To resume a run instead, use its own output.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from llmtune.sharding import replicated
 from llmtune.training.checkpoint import arrays, steps
 from llmtune.training.checkpoint.digest import digests, to_text
 from llmtune.training.checkpoint.manifest import DamagedError, Manifest
+from llmtune.training.processes import highest, is_first
 from llmtune.training.run_directory import RunDirectory
 from llmtune.weights import path_name
 
@@ -67,16 +69,31 @@ def find_earlier(run: Run, base_digest: str) -> Earlier | None:
         raise LlmtuneConfigError(
             f"continue_from.step: {asked.run} has no checkpoint {asked.step}; it has {there or 'none'}"
         )
-    reasons = []
-    for step in there if asked.step is None else [asked.step]:
-        path = directory.checkpoints / str(step)
+    step, reasons = _newest_whole(directory, there if asked.step is None else [asked.step])
+    if step is None:
+        raise LlmtuneConfigError(
+            f"continue_from: {asked.run} has no checkpoint to begin with ({'; '.join(reasons) or 'no step'})"
+        )
+    path = directory.checkpoints / str(step)
+    return Earlier(directory.path, path, steps.read_step(path))
+
+
+def _newest_whole(directory: RunDirectory, candidates: Sequence[int]) -> tuple[int | None, list[str]]:
+    """The first of these steps whose files are whole, and what is wrong with those before it.
+
+    Of several processes the first one reads them, all their bytes, and tells the others.
+    """
+    found, reasons = -1, []
+    for step in candidates if is_first() else ():
         try:
-            return Earlier(directory.path, path, steps.verify_step(path))
+            steps.verify_step(directory.checkpoints / str(step))
         except DamagedError as error:
             reasons.append(f"step {step}: {error}")
-    raise LlmtuneConfigError(
-        f"continue_from: {asked.run} has no checkpoint to begin with ({'; '.join(reasons) or 'no step'})"
-    )
+        else:
+            found = step
+            break
+    (found,) = highest([found])
+    return None if found < 0 else found, reasons
 
 
 def take_over(earlier: Earlier, trainable: Any, mesh: Mesh) -> Any:

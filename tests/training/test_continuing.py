@@ -8,6 +8,8 @@ import pytest
 
 import llmtune
 from llmtune.errors import LlmtuneConfigError
+from llmtune.training import continuing
+from llmtune.training.run_directory import RunDirectory
 from tests.evaluation.runs import short_run
 
 DEVICES = slice(1)
@@ -94,3 +96,15 @@ def test_a_step_that_is_not_there_or_not_whole_is_refused(first, tmp_path):
             train(following(first, tmp_path, "--continue_from", json.dumps({"run": str(first / "first"), "step": 4})))
     finally:
         file.write_bytes(content)
+
+
+def test_of_several_processes_the_first_alone_reads_the_earlier_checkpoint_whole(monkeypatch, tmp_path):
+    """The others are told which it is: each of many hosts would otherwise read and hash hundreds of gigabytes."""
+
+    def refuse(path):
+        raise AssertionError(f"{path} is read by another process than the first")
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(continuing.steps, "verify_step", refuse)
+    monkeypatch.setattr(continuing, "highest", lambda values: [max(8, *values)])
+    assert continuing._newest_whole(RunDirectory(tmp_path), [12, 8]) == (8, [])

@@ -17,7 +17,7 @@ test: .venv-test/installed  ## everything that must hold for a change to land
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/pyright --pythonpath .venv-test/bin/python
-	.venv-test/bin/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 $(TESTS)
+	.venv-test/bin/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 --timeout 900 $(TESTS)
 
 nightly: .venv-test/installed  ## the full grids
 	.venv-test/bin/python -m pytest -q -m nightly

@@ -62,7 +62,7 @@ def test_a_process_that_waits_in_vain_says_what_to_check(closed, index):
     ("what", "code", "line"),
     [
         ("mistake", exit_codes.USAGE, "llmtune: error: model: a mistake\n"),
-        ("signal", exit_codes.TERMINATED, "interrupted\n"),
+        pytest.param("signal", exit_codes.TERMINATED, "interrupted\n", marks=pytest.mark.nightly),
     ],
 )
 def test_what_ends_one_process_ends_it_at_once_with_its_own_code(closed, what, code, line):

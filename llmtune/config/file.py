@@ -18,6 +18,7 @@ from llmtune.config.optimizers import OPTIMIZERS
 from llmtune.errors import LlmtuneConfigError
 
 LIMIT_BYTES, LIMIT_DEPTH = 1_000_000, 20
+LIMIT_VALUES = 10_000  # keys and values of a file: reading them takes well below a second
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
@@ -25,7 +26,7 @@ class StrictLoader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans, no duplicate keys, no anchors, no tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses aliases (a few lines of them can expand to gigabytes), tags and deep nesting."""
+        """Refuses aliases (a few lines of them can expand to gigabytes), tags, deep nesting, and values without end."""
         event = self.peek_event()
         line = f"line {event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
@@ -37,6 +38,9 @@ class StrictLoader(yaml.SafeLoader):
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > LIMIT_DEPTH:
             raise LlmtuneConfigError(f"nested more than {LIMIT_DEPTH} deep")
+        self.values = getattr(self, "values", 0) + 1
+        if self.values > LIMIT_VALUES:
+            raise LlmtuneConfigError(f"{line}: more than {LIMIT_VALUES:,} keys and values; this is no configuration")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import AxisType
 
 from tests.conftest import ROOT
-from tests.reliability import corruption, disk, hangs, kills, order, several, soak
+from tests.reliability import configurations, corruption, disk, hangs, kills, order, several, soak
 from tests.reliability.forge import Forge
 from tests.reliability.tiny import Ground, Row
 
@@ -63,6 +63,7 @@ def measures(forge, share):
         ("D3", lambda ground: hangs.hang(forge, ground)),
         ("E1", lambda ground: order.same_rows(50)),
         ("E2", lambda ground: order.same_curve(forge, ground, 100)),
+        ("K1", lambda ground: configurations.read_all(ground.path / "k1", some(2000))),
         ("L1", lambda ground: soak.soak(forge, ground, some(5000))),
     ]  # fmt: skip
 

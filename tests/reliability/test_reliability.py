@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from tests.reliability import corruption, disk, hangs, kills, order, several
+from tests.reliability import configurations, corruption, disk, hangs, kills, order, several
 from tests.reliability.faults import COMMIT_POINTS
 from tests.reliability.forge import Forge
 from tests.reliability.tiny import Ground
@@ -95,6 +95,11 @@ def test_hangs(forge, ground):
 def test_the_same_rows_and_the_same_curve(forge, ground):
     check(order.same_rows(50))
     check(order.same_curve(forge, ground, 12))
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.nightly)])
+def test_configurations_that_nobody_would_write(tmp_path, count):
+    check(configurations.read_all(tmp_path, count))
 
 
 def test_a_trainer_whose_supervisor_is_gone_ends_as_when_asked_to(forge, ground):

@@ -79,7 +79,8 @@ def test_wandb_offline_keeps_its_rows_in_the_run_and_goes_on_under_one_id(tmp_pa
     ]
 
 
-def test_mlflow_offline_keeps_its_rows_in_the_run_and_goes_on_in_one_run(tmp_path):
+def test_mlflow_offline_keeps_its_rows_in_the_run_and_goes_on_in_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what reads is asked for it too
     tracking = pytest.importorskip("mlflow.tracking")
     log_twice("mlflow", tmp_path)
     client = tracking.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())

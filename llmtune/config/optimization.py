@@ -23,7 +23,11 @@ class Train:
     )
     loss_scale: float = key("float16: where the dynamic loss scale begins", 65536.0)
     loss_scale_interval: int = key("float16: steps without overflow after which it doubles", 2000)
-    remat: Literal["none", "block", "dots"] = key("what is computed again in the backward pass to save memory", "block")
+    remat: Literal["none", "dots", "attention", "block", "offload"] = key(
+        "what is computed again in the backward pass to save memory: nothing; all but products; all but attention; all of a "
+        "block; the same, and what a block begins with waits in the host's memory",
+        "block",
+    )
     seed: int = key("of data order and initial values", 0)
 
 

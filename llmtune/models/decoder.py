@@ -45,6 +45,7 @@ from llmtune.weights import (
 )
 
 Params = dict[str, Any]
+INPUT = "block_input"  # by this name a remat policy finds what a block begins with
 Remat = Callable[[Callable], Callable]  # wraps the function of one block: the identity, or jax.checkpoint with a policy
 
 
@@ -67,6 +68,7 @@ class Block(nnx.Module):
         counted: jax.Array | None = None,
         virtual: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Sums]:
+        x = checkpoint_name(x, INPUT)
         mixed, cache = self.attention(within_blocks(self.attention_norm(x)), rotations, attend, layer, cache, virtual)
         x = checkpoint_name(x + mixed, "attended")
         fed, sums = self.mlp(within_blocks(self.mlp_norm(x)), counted)

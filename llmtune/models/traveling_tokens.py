@@ -20,6 +20,7 @@ from llmtune.kernels import exchange_rows
 from llmtune.sharding import REPLICATED, spec
 from llmtune.weights import is_operator
 from llmtune.weights.gather import gather_inside, names_of
+from llmtune.weights.narrow import narrow
 
 PIECE = 2048  # tokens of a device that travel at a time
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (weights, rows sorted by expert, rows of each) -> rows
@@ -48,7 +49,7 @@ def through_spread_experts(
         with REPLICATED.active():
             return _in_pieces(lambda *piece: _one_piece(apply, narrow(held), axis, number, *piece), x, chosen, shares)
 
-    weights = jax.tree.map(lambda own: own if is_operator(own) else own.astype(x.dtype), weights, is_leaf=is_operator)
+    weights = jax.tree.map(lambda own: own if is_operator(own) else narrow(own, x.dtype), weights, is_leaf=is_operator)
     rows = tuple(jax.typeof(array).sharding.spec for array in (x, chosen, shares))
     return jax.shard_map(own, in_specs=(layouts, *rows), out_specs=rows[0], check_vma=False)(weights, x, chosen, shares)
 

@@ -15,9 +15,9 @@ from llmtune.planning.roofline import Roofline
 from llmtune.planning.topology import Topology
 from llmtune.sharding import MESH_AXES, ShardingError, load_strategy
 from llmtune.shipped import configs_directory
-from llmtune.training.remat import POLICIES
 
 MICROBATCHES = (1, 2, 4, 8, 16)
+SEARCHED = ("none", "dots", "attention", "block")  # not `offload`: no figures of the way to a host's memory are at hand
 ROOM = 1.05  # an estimate must leave this much of the memory, for what it may be wrong by
 
 
@@ -57,7 +57,7 @@ def layouts_of(
             layout = lay_out(with_train(with_strategy(run, name, sizes), microbatches=1), source, topology, placed)
         except (ShardingError, LlmtuneConfigError):
             continue
-        for remat, pieces in itertools.product(POLICIES, MICROBATCHES):
+        for remat, pieces in itertools.product(dict.fromkeys((*SEARCHED, run.train.remat)), MICROBATCHES):
             if layout.divides(pieces):
                 yield layout.again(remat=remat, microbatches=pieces)
 

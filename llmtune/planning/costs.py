@@ -18,8 +18,14 @@ from llmtune.models.config import ModelConfig
 from llmtune.transforms import combine, weights_by_path
 from llmtune.weights import is_operator
 
-FORWARD_AGAIN = {"block": True, "dots": False, "none": False}  # whether products of a block are formed twice
-ATTENTION_AGAIN = {"block": True, "dots": True, "none": False}
+FORWARD_AGAIN = {
+    "offload": True,
+    "block": True,
+    "attention": True,
+    "dots": False,
+    "none": False,
+}  # whether products of a block are formed twice
+ATTENTION_AGAIN = {"offload": True, "block": True, "attention": False, "dots": True, "none": False}
 SCORES_AGAIN = (
     1.5  # of the forward pass: the backward kernels form the scores, and their gradient, once for each of their outputs
 )
@@ -73,14 +79,14 @@ def step_costs(
     tokens, model, again, moved = rows * length, 0.0, 0.0, 0.0
     for own in products(config, trainable, frozen):
         passes = 3 if own.trains else 2
-        repeated = FORWARD_AGAIN[remat] if own.in_block else own.trains
+        repeated = remat in FORWARD_AGAIN if own.in_block else own.trains
         repeated = repeated and not own.path.endswith("down/kernel")  # what a block returns is not needed to go back
         model += 2 * own.size * passes
         again += 2 * own.size * repeated
         moved += (own.n_in + own.n_out) * own.uses * itemsize * (passes + repeated)
     attention = attention_flops(config, length)
     model += 3 * attention
-    again += attention * (SCORES_AGAIN + ATTENTION_AGAIN[remat])
+    again += attention * (SCORES_AGAIN + (remat in ATTENTION_AGAIN))
     hidden = (
         8 * config.hidden_size * config.num_hidden_layers * itemsize
     )  # norms and residuals, read and written, both ways

@@ -2,7 +2,7 @@
 
     state       weights, adapters, moments: exact, from shapes, dtypes and shardings
     gradients   float32, laid out as what trains; twice where microbatches are added up
-    copies      of the blocks' trainable weights in the dtype of the products: the compiler forms them before the scan
+    copies      of the blocks' trainable weights in 16 bits, formed before the scan; not on TPUs (weights/narrow.py)
     kept        what the remat policy keeps of every block for the backward pass, from the names that blocks give
     block       intermediate arrays of the block that goes backward
     loss        logits of one piece of the vocabulary, and what stands around them
@@ -90,7 +90,12 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
     logits = (
         min(vocabulary_loss.LOGITS, whole_logits) if shared else whole_logits * min(1, CHUNK / run.data.sequence_length)
     )
-    wide = [leaf for leaf in jax.tree.leaves(trainable["layers"]) if jnp.dtype(leaf.dtype).itemsize > itemsize]
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    wide = (
+        []
+        if on_tpu
+        else [leaf for leaf in jax.tree.leaves(trainable["layers"]) if jnp.dtype(leaf.dtype).itemsize > itemsize]
+    )
     return Memory(
         weights=device_bytes(jax.tree.leaves(frozen)) + (whole if run.adapt is None else 0),
         adapters=0 if run.adapt is None else whole,
@@ -110,7 +115,9 @@ def _kept(run: Run, config: ModelConfig, tokens: float, residual: float, ways: A
     kv = config.num_key_value_heads * config.head_dim / ways("act_kv_heads")
     inner = config.intermediate_size / ways("act_mlp")
     per_token = {
+        "offload": -residual / tokens,
         "block": 0.0,
+        "attention": heads,
         "dots": heads + 2 * kv + 2 * inner + config.hidden_size,
         "none": 2 * heads + 2 * kv + 2 * inner + residual / tokens,
     }[run.train.remat]

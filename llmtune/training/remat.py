@@ -11,7 +11,10 @@ from collections.abc import Callable
 
 import jax
 
-KEPT = ("q", "k", "v", "attention", "attention_log_sum", "attended", "gate", "up", "low_rank")
+from llmtune.models.decoder import INPUT
+
+ATTENTION = ("attention", "attention_log_sum")
+KEPT = ("q", "k", "v", *ATTENTION, "attended", "gate", "up", "low_rank")
 
 POLICIES: dict[str, Callable[[Callable], Callable]] = {
     "none": functools.partial(  # no product is formed twice
@@ -20,5 +23,18 @@ POLICIES: dict[str, Callable[[Callable], Callable]] = {
     "dots": functools.partial(  # results of products with weights; attention is computed again
         jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
+    "attention": functools.partial(  # attention is not computed again, all else is
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*ATTENTION)
+    ),
     "block": functools.partial(jax.checkpoint, prevent_cse=False),  # only the block's input: all else again
+    "offload": functools.partial(  # nothing on the device: the block's input waits in the host's memory
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }

@@ -15,6 +15,7 @@ from llmtune.sharding import placed_by_compiler
 from llmtune.weights.contract import contract, expert_contract
 from llmtune.weights.gather import gather, gather_to_multiply
 from llmtune.weights.lookup import take_rows
+from llmtune.weights.narrow import narrow
 from llmtune.weights.operator import Operator
 
 Weight = jax.Array | Operator
@@ -61,4 +62,4 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tup
     """
     if isinstance(w, Operator):
         return w.expert_apply(x, group_sizes, out_axes)
-    return expert_contract(x, w.astype(x.dtype), group_sizes, out_axes)
+    return expert_contract(x, narrow(w, x.dtype), group_sizes, out_axes)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmtune.sharding import current
+from llmtune.weights.narrow import narrow
 
 Part = str | tuple[str, ...] | None  # an entry of a PartitionSpec
 
@@ -33,7 +34,7 @@ def gather_to_multiply(w: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Arra
     What is added up are the gradients of all the devices that x's rows are spread over: last, and of shards alone, over those
     that do not split w (replicas across slices, say).
     """
-    w, rows = w.astype(dtype), names_of(*jax.typeof(x).sharding.spec.partitions[:-1])
+    w, rows = narrow(w, dtype), names_of(*jax.typeof(x).sharding.spec.partitions[:-1])
     parts = jax.typeof(w).sharding.spec.partitions
     reduced = rows - names_of(*parts)
     if reduced:

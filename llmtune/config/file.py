@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from llmtune.config.optimizers import OPTIMIZERS
 from llmtune.errors import LlmtuneConfigError
 
 LIMIT_BYTES, LIMIT_DEPTH = 1_000_000, 20
-LIMIT_VALUES = 10_000  # keys and values of a file: reading them takes well below a second
+LIMIT_VALUES = 10_000  # keys and values of a file that somebody wrote: reading them takes well below a second
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans, no duplicate keys, no anchors, no tags."""
+    """YAML 1.2's numbers and booleans, no duplicate keys, no anchors, no tags; at most so many keys and values."""
+
+    most: float = math.inf
+    values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuses aliases (a few lines of them can expand to gigabytes), tags, deep nesting, and values without end."""
@@ -38,9 +42,9 @@ class StrictLoader(yaml.SafeLoader):
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > LIMIT_DEPTH:
             raise LlmtuneConfigError(f"nested more than {LIMIT_DEPTH} deep")
-        self.values = getattr(self, "values", 0) + 1
-        if self.values > LIMIT_VALUES:
-            raise LlmtuneConfigError(f"{line}: more than {LIMIT_VALUES:,} keys and values; this is no configuration")
+        self.values += 1
+        if self.values > self.most:
+            raise LlmtuneConfigError(f"{line}: more than {self.most:,} keys and values; this is no configuration")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -108,7 +112,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raw = path.read_bytes()
         if len(raw) > LIMIT_BYTES:
             raise LlmtuneConfigError(f"{path}: larger than {LIMIT_BYTES:,} bytes; this is no configuration")
-        tree = parse_yaml(raw.decode("utf-8"), str(path))
+        tree = parse_yaml(raw.decode("utf-8"), str(path), LIMIT_VALUES)
     except OSError as error:
         raise LlmtuneConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError as error:
@@ -120,10 +124,12 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return build_run(tree, str(path))
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """One document, by `StrictLoader`."""
+def parse_yaml(text: str, where: str, most: float = math.inf) -> Any:
+    """One document, by `StrictLoader`, of at most so many keys and values: a run's own file has all defaults beside them."""
     try:
-        return yaml.load(text, StrictLoader)
+        loader = StrictLoader(text)
+        loader.most = most
+        return loader.get_single_data()
     except LlmtuneConfigError as error:
         raise LlmtuneConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:

@@ -96,8 +96,8 @@ def kill_at_each_stroke(forge, ground, points=COMMIT_POINTS):
 def ask_to_stop(forge, ground, times):
     """A3, one process: SIGTERM and SIGINT at random moments of a run."""
     whole = ground.path / "a3-whole"
-    assert forge.train(ground.config("a3-whole", steps=2 * times + 4, every=1000), fault=LEAVE).wait() == 0
-    config, directory = ground.config("a3", steps=2 * times + 4, every=1000), ground.path / "a3"
+    assert forge.train(ground.config("a3-whole", steps=20 * times, every=1000), fault=LEAVE).wait() == 0
+    config, directory = ground.config("a3", steps=20 * times, every=1000), ground.path / "a3"
     saved, lost, slowest, random = 0, 0, 0.0, np.random.default_rng(3)
     for number in range(times):
         signum, trainer, before = (

@@ -34,7 +34,7 @@ def vocabulary_loss(
     tokens = batch // parts("batch") * (seq // parts("seq"))
     width = vocab // ways  # columns of one device, cut into `pieces` of `size`
     pieces = number_of_pieces(width, min(LOGITS // (4 * tokens), width * chunk // seq))
-    size = -(-width // pieces)
+    size = size_of_pieces(width, pieces)
     stored = _columns_of_devices(w, axis, ways, pieces * size)
     first = (jnp.arange(ways, dtype=jnp.int32) * width)[:, None]
     wide = hidden.astype(jnp.float32)  # its gradient is added up over the pieces in float32
@@ -67,6 +67,12 @@ def number_of_pieces(width: int, most: int) -> int:
     even = [n for n in range(least, min(width, 2 * least) + 1) if width % n == 0]
     aligned = [n for n in even if width // n % LANES == 0]
     return (aligned or even or [least])[0]
+
+
+def size_of_pieces(width: int, pieces: int) -> int:
+    """Columns of a piece, filled up to a multiple of LANES: of other widths the TPU compiler does not scatter the gradient."""
+    size = -(-width // pieces)
+    return size if size < LANES else -(-size // LANES) * LANES
 
 
 def _columns_of_devices(w: jax.Array, axis: int, ways: int, padded: int) -> jax.Array:

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llmtune.models.config import ModelConfig
 from llmtune.models.linear import Linear
 from llmtune.models.residual import RESIDUAL, beside_blocks
+from llmtune.models.swiglu import swiglu
 from llmtune.weights import normal
 
 Sums = dict[str, jax.Array]  # what a mixture of experts counts of its routing (see `llmtune.models.moe`); empty here
@@ -28,5 +29,5 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, Sums]:
         del counted
         gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
-        out, adapter = self.down(jax.nn.silu(gate) * up), self.adapter.get_value()
+        out, adapter = self.down(swiglu(gate, up)), self.adapter.get_value()
         return out if adapter is None else out + beside_blocks(adapter.change(x)), {}

@@ -23,6 +23,7 @@ from llmtune.models.config import Experts, ModelConfig
 from llmtune.models.linear import Linear
 from llmtune.models.mlp import Sums
 from llmtune.models.residual import beside_blocks
+from llmtune.models.swiglu import swiglu
 from llmtune.models.traveling_tokens import through_spread_experts, tokens_travel
 from llmtune.sharding import parts, placed_by_compiler, spec
 from llmtune.weights import ArraySpec, Initializer, expert_linear, normal
@@ -51,7 +52,7 @@ class ExpertMLP(nnx.Module):
         self.down = ExpertLinear(experts, inner, hidden, ("mlp", "embed"), init=init, out_axis="act_embed")
 
     def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(rows, sizes)) * self.up(rows, sizes), sizes)
+        return self.down(swiglu(self.gate(rows, sizes), self.up(rows, sizes)), sizes)
 
     def traveling(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, number: int) -> jax.Array:
         """[batch, seq, hidden], each token having been where its experts are."""

@@ -38,7 +38,7 @@ FAULTS = {
         "first, second = x.astype(jnp.float32)[..., ::2], x.astype(jnp.float32)[..., 1::2]", logits("gqa untied"),
     ),
     "gate and up exchanged": Fault(
-        "llmtune/models/mlp.py", "jax.nn.silu(gate) * up", "jax.nn.silu(up) * gate",
+        "llmtune/models/mlp.py", "swiglu(gate, up)", "swiglu(up, gate)",
         logits("gqa untied"),
     ),
     "gate and up of experts exchanged": Fault(

@@ -103,7 +103,7 @@ def deep(random, text):
 KINDS = (damaged, keyed, crossed, deep)
 
 
-def read_all(folder, count):
+def read_all(folder, count, patience=1):
     """K1. Of every tenth, the last line comes from the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     random, found, wrong, slowest = np.random.default_rng(count), collections.Counter(), [], 0.0
@@ -123,7 +123,10 @@ def read_all(folder, count):
     figure = f"{found['read']} read and read back equal, {found['refused']} refused in one line, {len(wrong)} else, of {count}; "
     figure += f"the slowest took {slowest:.2f} s" + (f"; {wrong[:3]}" if wrong else "")
     return Row(
-        "K1", "configurations that nobody would write", figure, not wrong and slowest <= 1 and min(found.values()) > 0
+        "K1",
+        "configurations that nobody would write",
+        figure,
+        not wrong and slowest <= patience and min(found.values()) > 0,
     )
 
 

@@ -13,7 +13,7 @@ PLACES = {
 }
 
 
-def hang(forge, ground, seconds=3.0, places=PLACES):
+def hang(forge, ground, seconds=3.0, places=PLACES, patience=5):
     ended, late = 0, -float("inf")
     for name, place in places.items():
         directory = ground.path / f"d3-{name}"
@@ -32,4 +32,6 @@ def hang(forge, ground, seconds=3.0, places=PLACES):
         f"{ended} of {len(places)} ended with code 70 and stacks that show where, "
         f"the slowest {late:+.1f} s after its limit of {seconds:g} s"
     )
-    return Row("D3", "a loader, a placement, a step that never return", figure, ended == len(places) and late <= 5)
+    return Row(
+        "D3", "a loader, a placement, a step that never return", figure, ended == len(places) and late <= patience
+    )

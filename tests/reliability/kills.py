@@ -93,7 +93,7 @@ def kill_at_each_stroke(forge, ground, points=COMMIT_POINTS):
     return Row("A2", "kill -9 at each stroke of a commit", figure, recovered == len(points) >= 8)
 
 
-def ask_to_stop(forge, ground, times):
+def ask_to_stop(forge, ground, times, patience=15):
     """A3, one process: SIGTERM and SIGINT at random moments of a run."""
     whole = ground.path / "a3-whole"
     assert forge.train(ground.config("a3-whole", steps=20 * times, every=1000), fault=LEAVE).wait() == 0
@@ -120,7 +120,7 @@ def ask_to_stop(forge, ground, times):
         f"{saved} of {times} saved and exited with 130 or 143, {lost} steps lost, slowest {slowest:.1f} s, "
         f"curve {'the same' if same else 'ANOTHER'}"
     )
-    return Row("A3", "SIGTERM and SIGINT", figure, saved == times and not lost and same and slowest <= 15)
+    return Row("A3", "SIGTERM and SIGINT", figure, saved == times and not lost and same and slowest <= patience)
 
 
 def storm(ground, restarts):

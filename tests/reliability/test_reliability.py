@@ -11,6 +11,8 @@ from tests.reliability.faults import COMMIT_POINTS
 from tests.reliability.forge import Forge
 from tests.reliability.tiny import Ground
 
+PATIENCE = 100  # seconds: how soon is a figure of `make reliability`, where the machine is known
+
 
 @pytest.fixture(scope="module")
 def forge():
@@ -43,7 +45,7 @@ def test_kills_at_each_stroke_of_a_commit(forge, ground):
 
 
 def test_signals_that_ask(forge, ground):
-    check(kills.ask_to_stop(forge, ground, 3))
+    check(kills.ask_to_stop(forge, ground, 3, patience=PATIENCE))
 
 
 @pytest.mark.nightly
@@ -73,7 +75,7 @@ def test_a_full_disk(forge, ground):
 
 
 def test_a_lost_coordinator(forge, ground):
-    check(several.lose_one(forge, ground, [(0, signal.SIGKILL)], steps=6))
+    check(several.lose_one(forge, ground, [(0, signal.SIGKILL)], steps=6, patience=PATIENCE))
 
 
 @pytest.mark.nightly
@@ -89,7 +91,7 @@ def test_a_supervised_run_of_two_processes(ground):
 
 
 def test_hangs(forge, ground):
-    check(hangs.hang(forge, ground, places={"read": hangs.PLACES["read"]}))
+    check(hangs.hang(forge, ground, places={"read": hangs.PLACES["read"]}, patience=PATIENCE))
 
 
 def test_the_same_rows_and_the_same_curve(forge, ground):
@@ -99,7 +101,7 @@ def test_the_same_rows_and_the_same_curve(forge, ground):
 
 @pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.nightly)])
 def test_configurations_that_nobody_would_write(tmp_path, count):
-    check(configurations.read_all(tmp_path, count))
+    check(configurations.read_all(tmp_path, count, patience=PATIENCE))
 
 
 def test_a_trainer_whose_supervisor_is_gone_ends_as_when_asked_to(forge, ground):

@@ -12,7 +12,6 @@ import sys, time
 from llmtune.training.stopping import Interrupted, on_signals
 try:
     with on_signals() as stop:
-        print("ready", flush=True)
 """
 END = """
 except Interrupted as error:
@@ -20,10 +19,12 @@ except Interrupted as error:
     sys.exit(error.exit_code)
 """
 PLAIN = """
+        print("ready", flush=True)
         time.sleep(60)
 """
 DEFERRED = """
         with stop.deferred():
+            print("ready", flush=True)
             while not stop.signal:
                 time.sleep(0.01)
             print("saved", flush=True)
@@ -31,6 +32,7 @@ DEFERRED = """
 DEAF = """
         with stop.deferred():  # as in a compiler: no instruction of Python runs in the main thread
             import ctypes
+            print("ready", flush=True)
             ctypes.CDLL(None).sleep(60)
             while True:
                 ctypes.CDLL(None).sleep(60)

@@ -12,6 +12,7 @@ same weights, and print the loss of their first step, which must agree.
 
 import argparse
 import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks import side_by_side
 from benchmarks.shapes import SHAPES, active_parameters, parameter_count, write_model
+from llmtune.huge_pages import restart_with_huge_pages
 
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
 H200_BF16 = 989e12  # dense tensor-core FLOP/s of an H100 or H200 (NVIDIA data sheet)
@@ -184,4 +186,6 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker", "llmtune"]:
+        restart_with_huge_pages()  # as `llmtune train` does
     side_by_side.run(arguments(), prepare_llmtune, prepare_peer, measure)

@@ -16,6 +16,7 @@ from llmtune import exit_codes
 from llmtune.errors import LlmtuneError
 from llmtune.export_command import add_export
 from llmtune.failures import refuse, tell
+from llmtune.huge_pages import restart_with_huge_pages
 from llmtune.plan_command import add_plan
 from llmtune.redaction import redact
 from llmtune.train_command import add_train
@@ -24,8 +25,15 @@ if TYPE_CHECKING:
     from llmtune.model import Model
 
 
+def start() -> int:
+    """The program: `main`, for training in a process with large pages."""
+    if sys.argv[1:2] == ["train"]:
+        restart_with_huge_pages()
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The entry point; returns the exit code."""
+    """One command within a process that is there already; returns the exit code."""
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not getattr(options, "takes_overrides", False):
@@ -271,4 +279,4 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

@@ -41,37 +41,49 @@ def through_spread_experts(
     [batch, seq, k]; `number` of experts. Each device's experts see plain arrays, those of one device.
     """
     (axis,) = names_of(spec("expert")[0])
-    layouts = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, weights)
+    layouts, stored = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, weights), _dtypes(weights)
 
     def own(weights: Any, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
+        """Gathered narrow, held as wide as they are stored, so that the gradients of all pieces are added up in float32."""
         held = jax.tree.map(lambda leaf, parts: gather_inside(leaf, tuple(parts), kept=(axis,)), weights, layouts)
-        held, narrow = _wide(held)
+        wide = _of_dtypes(held, stored)
+
+        def piece(*rows: jax.Array) -> jax.Array:
+            return _one_piece(apply, _of_dtypes(wide, _dtypes(held)), axis, number, *rows)
+
         with REPLICATED.active():
-            return _in_pieces(lambda *piece: _one_piece(apply, narrow(held), axis, number, *piece), x, chosen, shares)
+            return _in_pieces(piece, x, chosen, shares)
 
     weights = jax.tree.map(lambda own: own if is_operator(own) else narrow(own, x.dtype), weights, is_leaf=is_operator)
     rows = tuple(jax.typeof(array).sharding.spec for array in (x, chosen, shares))
     return jax.shard_map(own, in_specs=(layouts, *rows), out_specs=rows[0], check_vma=False)(weights, x, chosen, shares)
 
 
-def _wide(weights: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """16-bit matrices as float32, and the way back: the gradients of all pieces are then added up in float32."""
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, weights)
+def _dtypes(weights: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.dtype, weights)
 
-    def wide(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf
 
-    return jax.tree.map(wide, weights), lambda held: jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), held, dtypes)
+def _of_dtypes(weights: Any, dtypes: Any) -> Any:
+    """There and back is no work: the compiler drops both conversions of what was narrow, but not those of its gradient."""
+    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), weights, dtypes)
 
 
 def _in_pieces(through: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`through(tokens [n, hidden], ...)` of all rows [batch, seq, ...], piece by piece, each computed again backward."""
+    """`through(tokens [n, hidden], ...)` of all rows [batch, seq, ...], piece by piece, each computed again backward.
+
+    The last piece is filled up with zeros: tokens that have no share in what comes back.
+    """
     batch, seq = arrays[0].shape[:2]
-    pieces = next(n for n in range(-(-batch * seq // PIECE), batch * seq + 1) if batch * seq % n == 0)
-    cut = tuple(array.reshape(pieces, batch * seq // pieces, *array.shape[2:]) for array in arrays)
+    pieces = -(-batch * seq // PIECE)
+    size = -(-batch * seq // pieces)
+
+    def cut(array: jax.Array) -> jax.Array:
+        flat = array.reshape(batch * seq, -1)
+        return jnp.pad(flat, ((0, pieces * size - batch * seq), (0, 0))).reshape(pieces, size, -1)
+
     again = jax.checkpoint(through, prevent_cse=False)
-    _, out = jax.lax.scan(lambda carry, piece: (carry, again(*piece)), None, cut)
-    return out.reshape(arrays[0].shape)
+    _, out = jax.lax.scan(lambda carry, piece: (carry, again(*piece)), None, tuple(map(cut, arrays)))
+    return out.reshape(pieces * size, -1)[: batch * seq].reshape(arrays[0].shape)
 
 
 def _one_piece(

@@ -181,9 +181,8 @@ def run_steps(
             last = plateau.see(row) or number == steps
             if run.checkpoint.best is not None:
                 require_figure("checkpoint.best.metric", run.checkpoint.best.metric, row)
-            stopping, failed, last = highest(
-                [stop.signal, checkpoints.has_failed(), last]
-            )  # a plateau of seconds is not shared
+            own = [stop.signal, checkpoints.has_failed(), last]  # a plateau of seconds is each process's own
+            stopping, failed, last = highest(own)
             with watchdog.paused():
                 if last or stopping:
                     checkpoints.finish(number, state, row)

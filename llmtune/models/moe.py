@@ -5,8 +5,8 @@
 
 No token is dropped: rows are sorted by expert, and each matrix of all experts is one grouped matmul over them. Every device
 sorts its own tokens; where experts are spread over devices, each computes its own experts for the tokens of its rows, and the
-parts of a token are added up once, after `down`. Arrays of sorted rows are [expert parts, batch parts, rows, width]. A strategy
-may have the tokens travel instead (`traveling_tokens.py`).
+parts of a token are added up once, after `down`. Arrays of sorted rows are [expert parts, row parts, rows, width], where a part
+of the rows is what one device has of batch and sequence. A strategy may have the tokens travel instead (`traveling_tokens.py`).
 
 Training adds the load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, eqs. 4 to 6, with transformers' means over the
 tokens of all layers, padding left out) and, where the config asks for it, the router's z-loss (Zoph et al. 2022,
@@ -28,7 +28,7 @@ from llmtune.models.traveling_tokens import through_spread_experts, tokens_trave
 from llmtune.sharding import parts, placed_by_compiler, spec
 from llmtune.weights import ArraySpec, Initializer, expert_linear, normal
 
-ROWS = ("expert", "batch", None)  # logical axes of sorted rows, before their width
+ROWS = ("expert", "rows", None)  # logical axes of sorted rows, before their width
 
 
 class ExpertLinear(nnx.Module):
@@ -43,7 +43,7 @@ class ExpertLinear(nnx.Module):
 
 
 class ExpertMLP(nnx.Module):
-    """The MLPs of all experts over sorted rows [expert parts, batch parts, rows, hidden]."""
+    """The MLPs of all experts over sorted rows [expert parts, row parts, rows, hidden]."""
 
     def __init__(self, config: ModelConfig, experts: int):
         hidden, inner, init = config.hidden_size, config.intermediate_size, normal(config.initializer_range)
@@ -99,24 +99,22 @@ class MoE(nnx.Module):
         """The weighted sum of the chosen experts' results. chosen int32, weights float32, both [batch, seq, k]."""
         if tokens_travel():
             return self.experts.traveling(x, chosen, weights, self.number)
-        batch, seq, width = x.shape
-        ways, k = parts("batch"), self.chosen
-        tokens = _reshape(x, (ways, batch // ways * seq, width), "batch", None, "act_embed")
-        picks = _reshape(chosen, (ways, batch // ways * seq * k), "batch", None)
-        order, place, sizes = self.sorted_by_expert(picks)
+        k, width = self.chosen, x.shape[-1]
+        tokens, picks, shares = by_part(x, "act_embed"), by_part(chosen, None), by_part(weights, None)
+        ways, number, _ = tokens.shape
+        order, place, sizes = self.sorted_by_expert(_reshape(picks, (ways, number * k), "rows", None))
         rows = placed_by_compiler(_take_rows, *ROWS, "act_embed")(tokens, order // k)
         rows = self.experts(rows, sizes)
         rows = placed_by_compiler(_take_own_rows, *ROWS, "act_embed")(rows, place).astype(jnp.float32)
-        results = _reshape(rows, (len(rows), batch, seq, k, width), "expert", "batch", "seq", None, "act_embed")
-        return (
-            (results * weights[..., None]).sum(axis=3).sum(axis=0).astype(x.dtype)
-        )  # a row is zero in all parts but one
+        results = _reshape(rows, (len(rows), ways, number, k, width), *ROWS, None, "act_embed")
+        mixed = (results * shares[..., None]).sum(axis=3).sum(axis=0)  # a row is zero in all parts of experts but one
+        return whole(mixed.astype(x.dtype), x.shape[:2], "act_embed")
 
     def sorted_by_expert(self, picks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """For each part of the experts: the picks in order of expert, its own first; where each went; rows per own expert.
 
-        picks int32 [batch parts, rows]: the expert that each row chose -> order and place int32 [expert parts, batch parts,
-        rows], sizes int32 [expert parts, batch parts, own experts].
+        picks int32 [row parts, rows]: the expert that each row chose -> order and place int32 [expert parts, row parts,
+        rows], sizes int32 [expert parts, row parts, own experts].
         """
         ways = parts("expert")
         own = self.number // ways
@@ -126,6 +124,20 @@ class MoE(nnx.Module):
         place = jnp.argsort(order, axis=-1).astype(jnp.int32)
         sizes = (ranks[..., None] == jnp.arange(own)).sum(axis=2).astype(jnp.int32)
         return order, place, sizes
+
+
+def by_part(x: jax.Array, axis: str | None) -> jax.Array:
+    """[batch, seq, width] -> [row parts, tokens of a part, width]: what a device has of batch and sequence stays there."""
+    (batch, seq, width), (ways, cuts) = x.shape, (parts("batch"), parts("seq"))
+    cut = _reshape(x, (ways, batch // ways, cuts, seq // cuts, width), "batch", None, "seq", None, axis).swapaxes(1, 2)
+    return _reshape(cut, (ways * cuts, batch * seq // (ways * cuts), width), "rows", None, axis)
+
+
+def whole(x: jax.Array, shape: tuple[int, int], axis: str | None) -> jax.Array:
+    """The way back from `by_part`: [row parts, tokens, width] -> [batch, seq, width]."""
+    (batch, seq), width, (ways, cuts) = shape, x.shape[-1], (parts("batch"), parts("seq"))
+    cut = _reshape(x, (ways, cuts, batch // ways, seq // cuts, width), "batch", "seq", None, None, axis).swapaxes(1, 2)
+    return _reshape(cut, (batch, seq, width), "batch", "seq", axis)
 
 
 def _take_rows(tokens: jax.Array, index: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ table other than the one it was traced with. Logical axes that the table does no
 Weights:      layers, expert, vocab, embed, heads, kv_heads, mlp, rank
 Activations:  batch, seq, residual_seq, act_embed, act_heads, act_kv_heads, act_mlp, act_vocab, act_rank
 
-`residual_seq` is the sequence of what runs between blocks, beside attention and MLP; `seq` is that within them.
+`residual_seq` is the sequence of what runs between blocks, beside attention and MLP; `seq` is that within them. Code may also
+say `rows`: batch and sequence as one, split over the axes of both.
 """
 
 import contextlib
@@ -89,7 +90,8 @@ class Strategy:
         )
 
     def _spec(self, axes: Mapping[str, MeshAxes], logical: tuple[str | None, ...]) -> PartitionSpec:
-        parts = [axes.get(axis, ()) if axis else () for axis in logical]
+        rows = (*axes.get("batch", ()), *axes.get("seq", ()))
+        parts = [rows if axis == "rows" else axes.get(axis, ()) if axis else () for axis in logical]
         used = [mesh_axis for part in parts for mesh_axis in part]
         if len(set(used)) != len(used):
             raise ShardingError(

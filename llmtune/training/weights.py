@@ -68,10 +68,10 @@ def check_strategy(source: pretrained.Source, virtual: int, mesh: Mesh, strategy
             f"sharding.strategy: {strategy.name} spreads experts over {mesh.shape['expert']} devices, and {source.name} has "
             "none; take fsdp_tensor, which splits heads and the MLP"
         )
-    if strategy.spec("seq")[0] is not None and (virtual or source.config.experts is not None):
-        what = "virtual tokens (a prompt or a prefix)" if virtual else "a mixture of experts"
+    if virtual and strategy.spec("seq")[0] is not None:
         raise LlmtuneConfigError(
-            f"sharding.strategy: {strategy.name} cuts rows along the sequence, which {what} cannot do yet; take fsdp_torus"
+            f"sharding.strategy: {strategy.name} cuts rows along the sequence, which virtual tokens (a prompt or a prefix) "
+            "cannot do yet; take fsdp_torus"
         )
 
 

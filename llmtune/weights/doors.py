@@ -56,8 +56,8 @@ def embed_lookup(ids: jax.Array, w: Weight) -> jax.Array:
 def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array, out_axes: tuple[str | None, ...]) -> jax.Array:
     """Grouped matmul: rows [tokens, in] sorted by expert, [experts, in, out], int32 [experts] -> [tokens, out].
 
-    Rows beyond the sum of the sizes come out as zeros. On a mesh, x [expert parts, batch parts, tokens, in] and group_sizes
-    [expert parts, batch parts, own experts] hold what each device sorted for itself: nothing is exchanged but, where `in` is
+    Rows beyond the sum of the sizes come out as zeros. On a mesh, x [expert parts, row parts, tokens, in] and group_sizes
+    [expert parts, row parts, own experts] hold what each device sorted for itself: nothing is exchanged but, where `in` is
     sharded, the sum over its parts.
     """
     if isinstance(w, Operator):

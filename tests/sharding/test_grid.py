@@ -44,18 +44,18 @@ MESHES = {
     "ddp": {"data": 8}, "zero1": {"data": 8}, "fsdp": {"fsdp": 8}, "fsdp_torus": {"data": 2, "fsdp": 4},
     "hsdp": {"replica": 2, "fsdp": 4}, "tensor": {"data": 2, "tensor": 4}, "fsdp_tensor": {"fsdp": 4, "tensor": 2},
     "sequence": {"fsdp": 2, "tensor": 4}, "context": {"fsdp": 2, "context": 4}, "expert": {"fsdp": 2, "expert": 4},
-    "expert_all_to_all": {"data": 2, "fsdp": 2, "expert": 2},
+    "expert_all_to_all": {"data": 2, "fsdp": 2, "expert": 2}, "context_expert": {"fsdp": 2, "context": 2, "expert": 2},
 }  # fmt: skip
 COMBINATIONS = [
     (strategy, model, method)
     for strategy, model, method in itertools.product(MESHES, MODELS, TRANSFORMS)
-    if (strategy, model) != ("context", "mixtral") and (not strategy.startswith("expert") or model == "mixtral")
+    if "expert" not in strategy or model == "mixtral"
 ]
 BY_DAY = [
     ("ddp", "windowed", "lora"), ("zero1", "dense", "full"), ("fsdp", "mixtral", "qlora"), ("fsdp_torus", "dense", "full"),
     ("hsdp", "windowed", "full"), ("tensor", "windowed", "qlora"), ("fsdp_tensor", "mixtral", "full"),
     ("sequence", "dense", "lora"), ("context", "windowed", "full"), ("expert", "mixtral", "lora"),
-    ("expert_all_to_all", "mixtral", "full"),
+    ("expert_all_to_all", "mixtral", "full"), ("context_expert", "mixtral", "lora"),
 ]  # fmt: skip
 
 

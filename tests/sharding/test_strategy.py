@@ -28,6 +28,7 @@ def test_one_mesh_axis_twice_in_a_tensor_is_refused():
 
 SHIPPED = [
     "context",
+    "context_expert",
     "ddp",
     "expert",
     "expert_all_to_all",
@@ -50,7 +51,9 @@ def test_shipped_strategies_load_and_say_what_they_do():
 
 
 def test_unknown_strategy_lists_the_known():
-    with pytest.raises(ShardingError, match="known: context, ddp, expert, expert_all_to_all, fsdp, fsdp_tensor"):
+    with pytest.raises(
+        ShardingError, match="known: context, context_expert, ddp, expert, expert_all_to_all, fsdp, fsdp_tensor"
+    ):
         load_strategy("zero9", configs_directory() / "strategies")
 
 

@@ -29,6 +29,7 @@ class Chip:
     host_devices: int
     dcn_bandwidth: float
     source: str
+    target: Mapping[str, Any] | None = None
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from llmtune.config.file import dump_run
 from llmtune.errors import LlmtuneError
+from llmtune.planning import gpu_target
 from llmtune.planning.abstract import device_bytes
 from llmtune.planning.collectives import Collective, collectives
 from llmtune.planning.hlo import kernels, read
@@ -93,7 +94,7 @@ def assign_step(layout: Layout) -> Compiled:
 
 def dumping(directory: Path, mesh: Mesh) -> dict[str, Any]:
     """Compiler options for this mesh's platform, with its reports into a directory."""
-    own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else gpu_target.OPTIONS
     return {**own, "xla_dump_hlo_as_text": True, "xla_dump_to": str(directory)}
 
 

@@ -20,7 +20,7 @@ from llmtune.planning.collectives import Collective
 from llmtune.planning.layout import Layout
 from llmtune.shipped import PACKAGE
 
-DISTRIBUTIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+DISTRIBUTIONS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax")
 
 
 def cached(compile_layout: Callable[[Layout], Compiled], directory: Path | None = None) -> Callable[[Layout], Compiled]:

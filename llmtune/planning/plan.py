@@ -15,6 +15,7 @@ from llmtune.config import Run
 from llmtune.planning.ahead import Compiled
 from llmtune.planning.candidates import best_mesh
 from llmtune.planning.collectives import Collective
+from llmtune.planning.gpu_target import StandIn
 from llmtune.planning.layout import Layout, TorusError, describe_mesh, lay_out, with_strategy
 from llmtune.planning.roofline import Roofline
 from llmtune.planning.topology import Topology, devices
@@ -104,8 +105,8 @@ def lay_out_strategy(
 
 
 def plan_layout(layout: Layout, compile_layout: Compile, note: Note) -> Plan:
-    """Compile one layout and read it; of GPUs, for which there is no compiler here, all is estimated."""
-    if layout.topology.family is None:
+    """Compile one layout and read it; where no compiler for its devices is here, all is estimated."""
+    if isinstance(layout.mesh.devices.flat[0], StandIn):
         return Plan(layout, None)
     name = f"{layout.strategy.name} ({describe_mesh(layout.sizes)})"
     note(f"compiling {name} for {layout.topology.name}; estimated {layout.memory.total / 1e9:.1f} GB per device")

@@ -82,7 +82,11 @@ def _times(plans: Sequence[Plan]) -> Rows:
 def verdict(plan: Plan) -> str:
     """One sentence: fits, or by how much it does not."""
     name, room = plan.layout.strategy.name, plan.limit - plan.needed
-    by = "" if plan.compiled is not None else ", by estimate alone: no compiler for this chip is installed"
+    by = (
+        ""
+        if plan.compiled is not None
+        else ", by estimate alone: no compiler for this chip is installed (pip install 'llmtune[plan-gpu]')"
+    )
     if plan.fits:
         return f"{name}: fits, {_gb(room)} GB of {_gb(plan.limit)} GB to spare{by}"
     return f"{name}: does not fit, {_gb(-room)} GB above the {_gb(plan.limit)} GB of a {plan.layout.topology.chip.name}{by}"

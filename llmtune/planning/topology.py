@@ -18,6 +18,7 @@ from jax.experimental import topologies
 
 from llmtune.chips import Chip, chips
 from llmtune.errors import LlmtuneConfigError
+from llmtune.planning.gpu_target import gpus
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,6 @@ class Topology:
     def wraps(self) -> tuple[bool, ...]:
         """Along which sides of a slice the last chip is linked with the first."""
         return tuple(self.family is not None and size % self.family.wraps == 0 for size in self.shape)
-
-
-@dataclass(frozen=True)
-class GPU:
-    """What stands for a GPU in a mesh that is only looked at: layouts and estimates need no more."""
-
-    id: int
-    process_index: int
-    device_kind: str
-    platform: str = "gpu"
 
 
 def parse_topology(name: str) -> Topology:
@@ -146,8 +137,7 @@ def devices(topology: Topology) -> list[Any]:
     """
     family = topology.family
     if family is None:
-        each = topology.shape[1]
-        return [GPU(number, number // each, topology.chip.kind) for number in range(math.prod(topology.shape))]
+        return gpus(topology.chip, *topology.shape)
     if importlib.util.find_spec("libtpu") is None:
         raise LlmtuneConfigError(
             f"--topology: {topology.name} needs libtpu, whose compiler runs on any machine; pip install 'llmtune[plan]'"

@@ -10,6 +10,7 @@ from llmtune import pretrained
 from llmtune.cli import main
 from llmtune.config.file import build_run, load_run
 from llmtune.errors import LlmtuneConfigError
+from llmtune.planning import gpu_target
 from llmtune.planning.ahead import Compiled, assign_step
 from llmtune.planning.cache import cached, digest
 from llmtune.planning.candidates import meshes
@@ -153,7 +154,8 @@ def test_the_page_needs_no_network_and_the_record_adds_up(starter):
     assert json.loads(json.dumps(own))["collectives"][0]["axes"] == "fsdp"
 
 
-def test_gpus_are_estimated_and_that_is_said(starter, tmp_path, capsys):
+def test_gpus_are_estimated_without_their_compiler_and_that_is_said(starter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_target, "has_compiler", lambda: False)
     path = tmp_path / "run.yaml"
     path.write_text(
         f"model: {starter}\noutput: nowhere\nobjective: pretrain\ndata: {{train: x.jsonl, sequence_length: 128}}\n"

@@ -36,6 +36,9 @@ class OptimizerSection:
     undecayed: list[str] = key(f"more weights that do not decay, {RULES}", [])
     rates: dict[str, float] = key(f"other learning rates, in that of all: {{embed_tokens: 0.1}}; {RULES}", {})
     clip_norm: float | None = key("largest global gradient norm; null: no clipping", 1.0)
+    memory: Literal["device", "host"] = key(
+        "where the optimizer's state waits between updates; host: in that of the machine, for TPUs and GPUs", "device"
+    )
 
     def check(self, require: Require) -> None:
         """What no single field can say. Fields of subclasses are checked by what they are called."""
@@ -53,6 +56,12 @@ class OptimizerSection:
             require(0 <= rate < math.inf, f"optimizer.rates.{rule}", f"{rate} must be 0 or more")
         warmup = self.warmup_steps
         require(0 <= warmup < 2**31, "optimizer.warmup_steps", f"{warmup} must lie in 0..2147483647")
+        lent = self.name == "schedule_free_adamw"
+        require(
+            self.memory == "device" or not lent,
+            "optimizer.memory",
+            "schedule_free_adamw needs its state for every evaluation: device",
+        )
         clip = self.clip_norm
         require(clip is None or clip > 0, "optimizer.clip_norm", "must be positive, or null for none")
 

@@ -22,6 +22,7 @@ from llmtune.errors import LlmtuneConfigError
 from llmtune.models.language_model import LanguageModel
 from llmtune.sharding import Strategy
 from llmtune.training.adapting import choose_transform
+from llmtune.training.host_memory import KIND, waits
 from llmtune.training.program import Program, assemble, batch_names, row_multiple
 from llmtune.training.state import TrainState, first_state
 from llmtune.training.state_layout import state_layouts
@@ -51,6 +52,8 @@ def abstract_program(run: Run, source: pretrained.Source, mesh: Mesh, strategy: 
     program, optimizer, revisions = assemble(run, weights, run.train.steps or STEPS, mesh, strategy)
     first = jax.eval_shape(lambda trainable: first_state(trainable, optimizer, revisions), weights.trainable)
     state = replace(jax.tree.map(lambda leaf: _on(mesh, leaf), first), trainable=weights.trainable)
+    if run.optimizer.memory == "host":
+        state = replace(state, opt_state=jax.tree.map(_on_host, state.opt_state))
     layout = NamedSharding(mesh, strategy.spec("batch", "seq"))
     rows = jax.ShapeDtypeStruct((run.train.batch_size, run.data.sequence_length), jnp.int32, sharding=layout)
     return program, Inputs(weights, state, dict.fromkeys(batch_names(run), rows))
@@ -94,10 +97,15 @@ def require_whole_rows(run: Run, mesh: Mesh, strategy: Strategy) -> None:
 
 
 def device_bytes(leaves: Iterable[Any]) -> int:
-    """Bytes on each device of arrays or shapes with shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    """Bytes on each device of arrays or shapes with shardings; what waits in the host's memory is not there."""
+    there = (leaf for leaf in leaves if leaf.sharding.memory_kind != KIND)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in there)
 
 
 def _on(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
     typed = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, typed))
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return leaf.update(sharding=leaf.sharding.with_memory_kind(KIND)) if waits(leaf) else leaf

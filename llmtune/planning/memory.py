@@ -32,6 +32,7 @@ from llmtune.weights import vocabulary_loss
 INNER, EXPERTS, HIDDEN, LOGITS = 9.5, 10.6, 5.5, 3.5
 # Bytes, fitted, for each number of a device's own experts of one layer where tokens travel: gathered, widened, its gradient.
 HELD = 16
+PASSING = 5.0  # float32 arrays of one weight while its moments come, are updated and go; fitted
 CHUNK = 512  # tokens of a row whose logits a device holds at a time, where it has the head for itself
 
 
@@ -40,6 +41,7 @@ class Memory:
     """Bytes on a device, part by part; `total` is the fullest moment of a step.
 
     `block`: intermediate arrays of the block that goes backward; `loss`: those around the logits. One of them is there at a time.
+    `passing`: moments that come from the host's memory for their update and go back, when nothing of the passes is there.
     """
 
     weights: int
@@ -50,6 +52,7 @@ class Memory:
     kept: int
     block: int
     loss: int
+    passing: int = 0
 
     @property
     def state(self) -> int:
@@ -59,7 +62,7 @@ class Memory:
     @property
     def temporaries(self) -> int:
         """What comes and goes within a step, besides gradients and what blocks keep."""
-        return self.copies + max(self.block, self.loss)
+        return max(self.copies + max(self.block, self.loss), self.passing - self.kept)
 
     @property
     def total(self) -> int:
@@ -105,6 +108,9 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
         kept=round(_kept(run, config, tokens, residual, ways) * config.num_hidden_layers),
         block=round((inner + HIDDEN * residual) * itemsize + held),
         loss=round(LOGITS * logits + 4 * tokens * config.hidden_size),
+        passing=round(PASSING * max(map(_local, jax.tree.leaves(trainable))) * 4)
+        if run.optimizer.memory == "host"
+        else 0,
     )
 
 

@@ -29,7 +29,13 @@ from llmtune.sharding import Strategy, axis_size
 from llmtune.training.groups import rates_and_undecayed
 from llmtune.training.processes import held_rows
 from llmtune.training.remat import POLICIES
-from llmtune.training.revisions import choose_objective, choose_perturbation, choose_revisions, choose_weights
+from llmtune.training.revisions import (
+    choose_objective,
+    choose_perturbation,
+    choose_revisions,
+    choose_update,
+    choose_weights,
+)
 from llmtune.training.state import Revision, TrainState, init_state
 from llmtune.training.state_layout import with_split_state
 from llmtune.training.step import EvalStep, TrainStep, make_eval_step, make_train_step
@@ -154,7 +160,7 @@ def assemble(
     train = run.train
     step = make_train_step(
         training, objective, optimizer, schedule, strategy, train.microbatches, train.seed, revisions,
-        choose_perturbation(run), run.regularize.l2_start,
+        choose_perturbation(run), run.regularize.l2_start, choose_update(run),
     )  # fmt: skip
     program = Program(
         mesh,

@@ -4,6 +4,7 @@
     average                 and their average, before a step can be left out
     divergence              spikes are looked for, bad steps left out
     train.dtype: float16    a loss scale
+    optimizer.memory: host  the first state's moments go to the host
 
 A loss scale follows overflows that were left out, and so comes last.
 """
@@ -20,6 +21,7 @@ from llmtune.objectives.regularized import regularized_loss
 from llmtune.optimizers import evaluated_weights
 from llmtune.training.average import follow_average, remember_start
 from llmtune.training.guard import skip_bad_steps, watch_spikes
+from llmtune.training.host_memory import begin_on_host, weight_by_weight
 from llmtune.training.loss_scale import scale_loss
 from llmtune.training.state import Metrics, Revision, TrainState
 from llmtune.weights import with_dropout_keys, with_noise
@@ -38,7 +40,16 @@ def choose_revisions(run: Run, schedule: optax.Schedule) -> tuple[Revision, ...]
         chosen.append(skip_bad_steps(schedule, *((_spiked,) if policy.spikes not in ("off", "warn") else ())))
     if run.train.dtype == "float16":
         chosen.append(scale_loss(run.train.loss_scale, run.train.loss_scale_interval))
+    if run.optimizer.memory == "host":
+        chosen.append(begin_on_host())
     return tuple(chosen)
+
+
+def choose_update(run: Run) -> Callable[..., tuple[TrainState, Metrics]]:
+    """How a step's proposal follows from the optimizer's state: at once, or weight by weight from the host's memory."""
+    if run.optimizer.memory == "host":
+        return weight_by_weight
+    return lambda propose, opt_state, gradients: propose(opt_state)
 
 
 def choose_weights(run: Run, averaged: bool) -> Callable[[TrainState], Any]:

@@ -37,13 +37,14 @@ from llmtune.training.files import write_whole, written_plainly
 from llmtune.training.metrics import MetricsFile
 from llmtune.training.processes import is_first
 
-MAY_CHANGE = (
+MAY_CHANGE = (  # sections, or keys of them, that a resumed run may have otherwise
     "sharding",
     "checkpoint",
     "safeguards",
     "tracking",
     "export",
-)  # sections that a resumed run may have otherwise
+    "optimizer.memory",
+)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _refuse_another_run(directory: RunDirectory, text: str) -> None:
     except (OSError, UnicodeDecodeError):
         raise LlmtuneConfigError(f"output: {directory.config} cannot be read; choose another directory") from None
     there, here = flat(parse_yaml(written, str(directory.config))), flat(parse_yaml(text, "this run"))
-    keys = [key for key in {**there, **here} if key.split(".")[0] not in MAY_CHANGE]
+    keys = [key for key in {**there, **here} if not {key, key.split(".")[0]} & set(MAY_CHANGE)]
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
         shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:5])

@@ -42,12 +42,14 @@ def make_train_step(
     revisions: Sequence[Revision] = (),
     perturb: Callable[[Any, jax.Array], Any] = with_dropout_keys,
     l2_start: float = 0.0,
+    update: Callable[..., tuple[TrainState, Metrics]] = lambda propose, opt_state, gradients: propose(opt_state),
 ) -> TrainStep:
     """Metrics, scalars: `loss`, `grad_norm` (before clipping; also by part), `learning_rate`, `tokens`, `target_tokens`.
 
     `revisions` see what a step proposes, in their order, before it counts; without any the step is the plain one. `perturb`: what
     becomes of the weights for one step, by a key: dropout. Where the state keeps its start, the objective sees that model as
-    `reference`, and `l2_start` times half the squared distance from it is added to the mean loss.
+    `reference`, and `l2_start` times half the squared distance from it is added to the mean loss. `update`: how what a
+    step proposes follows from the optimizer's state as it waits, once there are gradients.
 
     And the objective's own, such as `cross_entropy` and `aux_loss` of a mixture of experts. `tokens` are without padding. What
     dropout drops follows from (seed, step, microbatch, weight).
@@ -78,9 +80,7 @@ def make_train_step(
                 grads = jax.tree.map(lambda g: g / total, grads)
             else:
                 loss, grads = loss / scale, jax.tree.map(lambda g: g / (total * scale), grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-            metrics = {
+            measured = {
                 "loss": loss / total,
                 "grad_norm": optax.tree.norm(grads),
                 **norms_by_part(grads),
@@ -89,10 +89,17 @@ def make_train_step(
                 "target_tokens": weight,
                 **{name: value / total for name, value in figures.items()},
             }
-            proposed = replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
-            for revision in revisions:
-                proposed, metrics = revision.revise(state, proposed, metrics)
-        return proposed, metrics
+
+            def propose(opt_state: Any) -> tuple[TrainState, Metrics]:
+                before, metrics = replace(state, opt_state=opt_state), measured
+                updates, opt_state = optimizer.update(grads, opt_state, state.trainable)
+                trainable = optax.apply_updates(state.trainable, updates)
+                proposed = replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
+                for revision in revisions:
+                    proposed, metrics = revision.revise(before, proposed, metrics)
+                return proposed, metrics
+
+            return update(propose, state.opt_state, grads)
 
     return step
 

@@ -44,6 +44,7 @@ POINTS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {  # name: topolo
     "70b-v5p128-fsdp-tensor": ("v5p:4x4x8", "llama3.1-70b", 128, 8192, on("fsdp_tensor", fsdp=32, tensor=4)),
     "mistral-v5e16-fsdp": ("v5e:4x4", "mistral-7b-v0.1", 16, 4096, on("fsdp")),
     "mistral-v5e16-torus": ("v5e:4x4", "mistral-7b-v0.1", 16, 4096, on("fsdp_torus")),
+    "mistral-v5e8-host": ("v5e:2x4", "mistral-7b-v0.3", 8, 4096, {**on("fsdp_torus"), "optimizer": {"memory": "host"}}),
     "nemo-v5p16-fsdp": ("v5p:2x2x4", "mistral-nemo-12b", 32, 4096, on("fsdp")),
     "mixtral-v5p4-qlora-expert": ("v5p:2x2x1", "mixtral-8x7b", 4, 2048, {**on("expert"), **QLORA}),
     "mixtral-v5p64-expert": ("v5p:4x4x4", "mixtral-8x7b", 256, 4096, on("expert", data=1, fsdp=16, expert=4)),

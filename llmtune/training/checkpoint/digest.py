@@ -29,6 +29,7 @@ def to_text(digest: Any) -> str:
 
 
 def _digest(array: jax.Array) -> jax.Array:
+    array = jax.device_put(array, jax.memory.Space.Device)  # from the host's memory, if it waits there
     words = jax.lax.bitcast_convert_type(array, WORDS[array.dtype.itemsize]).astype(jnp.uint32)
     mixed = words + _places(array) * PLACE
     for shift, factor in ((16, FIRST), (13, SECOND)):

@@ -133,7 +133,7 @@ def by_part(x: jax.Array, axis: str | None) -> jax.Array:
     return _reshape(cut, (ways * cuts, batch * seq // (ways * cuts), width), "rows", None, axis)
 
 
-def whole(x: jax.Array, shape: tuple[int, int], axis: str | None) -> jax.Array:
+def whole(x: jax.Array, shape: tuple[int, ...], axis: str | None) -> jax.Array:
     """The way back from `by_part`: [row parts, tokens, width] -> [batch, seq, width]."""
     (batch, seq), width, (ways, cuts) = shape, x.shape[-1], (parts("batch"), parts("seq"))
     cut = _reshape(x, (ways, cuts, batch // ways, seq // cuts, width), "batch", "seq", None, None, axis).swapaxes(1, 2)

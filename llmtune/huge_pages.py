@@ -5,28 +5,36 @@ in a step of 25 M parameters. glibc (2.35 and later) asks for large pages if a t
 process starts. The command therefore starts itself again, in the same process, before anything is loaded (20 ms).
 """
 
+import contextlib
 import os
 import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TUNABLE = "glibc.malloc.hugetlb"
+TUNABLE, TRIED = "glibc.malloc.hugetlb", "LLMTUNE_HUGE_PAGES"
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
     """Replace this process by itself under `GLIBC_TUNABLES`; returns where that would not help, or was decided before."""
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE in given or not (_on_request() and _tunable() and _on_cpu()):
+    if TUNABLE in given or TRIED in os.environ or not (_on_request() and _tunable() and _on_cpu()):
         return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, f"{TUNABLE}=1")))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    own = {
+        "GLIBC_TUNABLES": ":".join(filter(None, (given, f"{TUNABLE}=1"))),
+        TRIED: "tried",
+    }  # glibc may drop the first
+    with contextlib.suppress(OSError, ValueError):  # where a program cannot be started anew it goes on as it is
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **own})
 
 
 def _on_request() -> bool:
     """Whether the kernel gives large pages to who asks (under `always` all have them, under `never` none)."""
-    return PAGES.is_file() and "[madvise]" in PAGES.read_text(encoding="ascii")
+    try:
+        return "[madvise]" in PAGES.read_text(encoding="ascii")
+    except OSError:
+        return False
 
 
 def _tunable() -> bool:

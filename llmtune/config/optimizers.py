@@ -56,9 +56,9 @@ class OptimizerSection:
             require(0 <= rate < math.inf, f"optimizer.rates.{rule}", f"{rate} must be 0 or more")
         warmup = self.warmup_steps
         require(0 <= warmup < 2**31, "optimizer.warmup_steps", f"{warmup} must lie in 0..2147483647")
-        lent = self.name == "schedule_free_adamw"
+        averages = self.name == "schedule_free_adamw"
         require(
-            self.memory == "device" or not lent,
+            self.memory == "device" or not averages,
             "optimizer.memory",
             "schedule_free_adamw needs its state for every evaluation: device",
         )

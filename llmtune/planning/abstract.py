@@ -98,8 +98,12 @@ def require_whole_rows(run: Run, mesh: Mesh, strategy: Strategy) -> None:
 
 def device_bytes(leaves: Iterable[Any]) -> int:
     """Bytes on each device of arrays or shapes with shardings; what waits in the host's memory is not there."""
-    there = (leaf for leaf in leaves if leaf.sharding.memory_kind != KIND)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in there)
+    return part_bytes(leaf for leaf in leaves if leaf.sharding.memory_kind != KIND)
+
+
+def part_bytes(leaves: Iterable[Any]) -> int:
+    """Bytes of each device's part, in whichever memory."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _on(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -108,4 +112,14 @@ def _on(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return leaf.update(sharding=leaf.sharding.with_memory_kind(KIND)) if waits(leaf) else leaf
+    if not waits(leaf):
+        return leaf
+    try:
+        there = leaf.sharding.with_memory_kind(KIND)
+    except AttributeError:  # a stand-in, which knows no memories
+        there = leaf.sharding
+    if there.memory_kind != KIND:  # nor do described GPUs
+        raise LlmtuneConfigError(
+            "optimizer.memory: host can be planned for TPUs alone; plan with optimizer.memory: device"
+        )
+    return leaf.update(sharding=there)

@@ -94,7 +94,7 @@ def assign_step(layout: Layout) -> Compiled:
 
 def dumping(directory: Path, mesh: Mesh) -> dict[str, Any]:
     """Compiler options for this mesh's platform, with its reports into a directory."""
-    own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else gpu_target.OPTIONS
+    own = {"tpu": TPU_OPTIONS, "gpu": gpu_target.OPTIONS}.get(mesh.devices.flat[0].platform, {})
     return {**own, "xla_dump_hlo_as_text": True, "xla_dump_to": str(directory)}
 
 

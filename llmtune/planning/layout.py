@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from llmtune import pretrained
 from llmtune.config import Run, Sharding
 from llmtune.errors import LlmtuneConfigError
-from llmtune.planning.abstract import Inputs, abstract_program, device_bytes
+from llmtune.planning.abstract import Inputs, abstract_program, part_bytes
 from llmtune.planning.collectives import Collective
 from llmtune.planning.costs import Costs, step_costs
 from llmtune.planning.memory import Memory, estimate_memory
@@ -78,7 +78,7 @@ class Layout:
     def times(self, exchanged: Sequence[Collective] | None = None) -> Roofline:
         """The least time of a step with these collectives; default: the estimated ones."""
         state = self.inputs.state
-        trained, moments = (device_bytes(jax.tree.leaves(tree)) for tree in (state.trainable, state.opt_state))
+        trained, moments = (part_bytes(jax.tree.leaves(tree)) for tree in (state.trainable, state.opt_state))
         update = 2 * (trained + moments) + 2 * trained  # both ways; and gradients, written and read
         return roofline(self.topology, self.mesh, self.costs, update, self.traffic if exchanged is None else exchanged)
 

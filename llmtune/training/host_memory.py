@@ -44,8 +44,8 @@ def weight_by_weight(propose: Propose, opt_state: Any, gradients: Any) -> tuple[
     before, proposals, left = gradients, [], list(waiting)
     for path in paths:
         own = [owner == path or (owner is None and not proposals) for owner in owners]
-        come = [_come(leaf, before if mine else ()) for leaf, mine in zip(waiting, own, strict=True)]
-        proposals.append(propose(jax.tree.unflatten(structure, come)))
+        here = [_come(leaf, before if mine else ()) for leaf, mine in zip(waiting, own, strict=True)]
+        proposals.append(propose(jax.tree.unflatten(structure, here)))
         updated = jax.tree.leaves(proposals[-1][0].opt_state)
         left = [_go(new) if mine else old for new, old, mine in zip(updated, left, own, strict=True)]
         before = [leaf for leaf, mine in zip(left, own, strict=True) if mine]

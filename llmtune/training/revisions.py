@@ -24,6 +24,7 @@ from llmtune.training.guard import skip_bad_steps, watch_spikes
 from llmtune.training.host_memory import begin_on_host, weight_by_weight
 from llmtune.training.loss_scale import scale_loss
 from llmtune.training.state import Metrics, Revision, TrainState
+from llmtune.training.step import at_once
 from llmtune.weights import with_dropout_keys, with_noise
 
 
@@ -47,9 +48,7 @@ def choose_revisions(run: Run, schedule: optax.Schedule) -> tuple[Revision, ...]
 
 def choose_update(run: Run) -> Callable[..., tuple[TrainState, Metrics]]:
     """How a step's proposal follows from the optimizer's state: at once, or weight by weight from the host's memory."""
-    if run.optimizer.memory == "host":
-        return weight_by_weight
-    return lambda propose, opt_state, gradients: propose(opt_state)
+    return weight_by_weight if run.optimizer.memory == "host" else at_once
 
 
 def choose_weights(run: Run, averaged: bool) -> Callable[[TrainState], Any]:

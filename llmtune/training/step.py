@@ -31,6 +31,14 @@ TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Batch, Any], tuple[jax.Array, jax.Array]]
 
 
+def at_once(
+    propose: Callable[[Any], tuple[TrainState, Metrics]], opt_state: Any, gradients: Any
+) -> tuple[TrainState, Metrics]:
+    """All weights in one go, their optimizer's state being there."""
+    del gradients
+    return propose(opt_state)
+
+
 def make_train_step(
     bind: Bind,
     objective: Objective,
@@ -42,7 +50,7 @@ def make_train_step(
     revisions: Sequence[Revision] = (),
     perturb: Callable[[Any, jax.Array], Any] = with_dropout_keys,
     l2_start: float = 0.0,
-    update: Callable[..., tuple[TrainState, Metrics]] = lambda propose, opt_state, gradients: propose(opt_state),
+    update: Callable[..., tuple[TrainState, Metrics]] = at_once,
 ) -> TrainStep:
     """Metrics, scalars: `loss`, `grad_norm` (before clipping; also by part), `learning_rate`, `tokens`, `target_tokens`.
 

@@ -29,6 +29,14 @@ def test_stand_ins_without_the_plugin(starter, monkeypatch):
     assert plan_layout(layout, compile_step, print).compiled is None
 
 
+@pytest.mark.parametrize("missing", [True, pytest.param(False, marks=plugin)])
+def test_moments_on_a_host_that_is_not_here_are_refused(starter, monkeypatch, missing):
+    if missing:
+        monkeypatch.setattr(gpu_target, "has_compiler", lambda: False)
+    with pytest.raises(LlmtuneConfigError, match=r"^optimizer\.memory: host can be planned for TPUs alone"):
+        laid_out(starter, "h100:8", optimizer={"memory": "host"})
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_a_target_says_what_its_file_says(name):
     chip = chips()[name]

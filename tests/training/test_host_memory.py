@@ -9,6 +9,7 @@ from llmtune import pretrained
 from llmtune.errors import LlmtuneConfigError
 from llmtune.models.decoder import declare
 from llmtune.planning.abstract import abstract_program, device_bytes
+from llmtune.training.checkpoint.digest import digests
 from llmtune.training.host_memory import KIND, weight_by_weight
 from llmtune.training.program import build_program
 from llmtune.training.state import TrainState
@@ -90,6 +91,13 @@ def test_where_moments_are_and_what_a_plan_counts(stories, data, tmp_path, memor
         )
     trained = device_bytes(jax.tree.leaves(state.trainable))
     assert device_bytes(planned) > 2 * trained if memory == "device" else device_bytes(planned) < 100
+
+
+def test_digests_do_not_depend_on_the_memory():
+    tree = {"count": jnp.int32(3), "mu": jnp.arange(12.0).reshape(3, 4), "nu": jnp.ones(5)}
+    waiting = jax.tree.map(lambda own: jax.device_put(own, jax.memory.Space.Host) if own.ndim else own, tree)
+    assert waiting["mu"].sharding.memory_kind == KIND
+    jax.tree.map(np.testing.assert_array_equal, digests(waiting), digests(tree))
 
 
 def test_schedule_free_is_refused(stories, data, tmp_path):

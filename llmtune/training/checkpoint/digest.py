@@ -13,14 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmtune.training.host_memory import KIND
+
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 PLACE, FIRST, SECOND, OTHER = (np.uint32(c) for c in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F))
 
 
-@jax.jit
 def digests(arrays: Any) -> Any:
-    """A tree of arrays -> a tree of uint32 [2], the same on every device."""
-    return jax.tree.map(_digest, arrays)
+    """A tree of arrays -> a tree of uint32 [2], the same on every device.
+
+    Those that wait in the host's memory come one at a time, each in a program of its own: the device need not hold them all.
+    """
+    leaves, structure = jax.tree.flatten(arrays)
+    here = [None if leaf.sharding.memory_kind == KIND else leaf for leaf in leaves]
+    found = [_of_one(leaf) if own is None else of for leaf, own, of in zip(leaves, here, _of_all(here), strict=True)]
+    return jax.tree.unflatten(structure, found)
+
+
+@jax.jit
+def _of_all(arrays: list[jax.Array | None]) -> list[jax.Array | None]:
+    return [None if array is None else _digest(array) for array in arrays]
+
+
+@jax.jit
+def _of_one(array: jax.Array) -> jax.Array:
+    return _digest(jax.device_put(array, jax.memory.Space.Device))
 
 
 def to_text(digest: Any) -> str:
@@ -29,7 +46,6 @@ def to_text(digest: Any) -> str:
 
 
 def _digest(array: jax.Array) -> jax.Array:
-    array = jax.device_put(array, jax.memory.Space.Device)  # from the host's memory, if it waits there
     words = jax.lax.bitcast_convert_type(array, WORDS[array.dtype.itemsize]).astype(jnp.uint32)
     mixed = words + _places(array) * PLACE
     for shift, factor in ((16, FIRST), (13, SECOND)):

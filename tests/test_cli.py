@@ -96,7 +96,7 @@ def edit(path, **values):
         ({"data": {"columns": {"prompt": "question"}}}, "{tmp}/rows.jsonl:1: no format has the columns"),
         ({"data": {"sequence_length": 8, "too_long": "error"}}, "{tmp}/rows.jsonl:1: "),
         ({"data": {"sequence_length": 8, "too_long": "drop"}}, "data.train: nothing to train on: every row was left out"),
-        ({"sharding": {"strategy": "fdsp"}}, "sharding.strategy: no strategy 'fdsp'; known: context, ddp, expert"),
+        ({"sharding": {"strategy": "fdsp"}}, "sharding.strategy: no strategy 'fdsp'; known: context, context_expert, ddp"),
         ({"sharding": {"mesh": {"fsdp": 3}}}, "sharding.mesh"),
         ({"sharding": {"mesh": {"fsdp": 3}}, "data": {"train": "{tmp}/none.jsonl"}}, "sharding.mesh"),  # before data are read
         ({"train": {"batch_size": 10**12}}, "{run}: train.batch_size: 1000000000000 rows of data.sequence_length 64 are"),

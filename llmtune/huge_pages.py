@@ -21,10 +21,8 @@ def restart_with_huge_pages() -> None:
     given = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE in given or TRIED in os.environ or not (_on_request() and _tunable() and _on_cpu()):
         return
-    own = {
-        "GLIBC_TUNABLES": ":".join(filter(None, (given, f"{TUNABLE}=1"))),
-        TRIED: "tried",
-    }  # glibc may drop the first
+    tunables = ":".join(filter(None, (given, f"{TUNABLE}=1")))
+    own = {"GLIBC_TUNABLES": tunables, TRIED: "1"}  # the second stays where glibc or a launcher drops the first
     with contextlib.suppress(OSError, ValueError):  # where a program cannot be started anew it goes on as it is
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **own})
 

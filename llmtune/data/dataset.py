@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from llmtune.data.example import IGNORED, Example
 from llmtune.data.mixture import Mixture
 from llmtune.errors import LlmtuneDataError
+
+NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass
@@ -64,34 +66,48 @@ class Dataset:
 
 
 def collect(examples: Iterable[Example], sequence_length: int, too_long: str, *, name: str) -> Dataset:
+    """Examples that fit the sequence length (see `fit`). Raises LlmtuneDataError where none are left."""
+    return require_examples(fit(examples, sequence_length, too_long), sequence_length, name)
+
+
+def fit(examples: Iterable[Example], sequence_length: int, too_long: str) -> Dataset:
     """Fit examples to the sequence length: text is split without loss, other rows are cut, left out or refused.
 
     A conversation is cut after the last answer that is whole; one whose first answer does not fit is cut at the limit.
     """
-    counts, ids, labels = Counts(), [], []
+    counts, ids, labels = Counts(), [NOTHING], [NOTHING]
     for example in examples:
         counts.rows += 1
         for part in _fit(example, sequence_length, too_long, counts):
             ids.append(part.input_ids)
             labels.append(part.labels)
             counts.targets += int(np.count_nonzero(part.labels[1:] != IGNORED))
-    if not ids:
-        what = "every row was left out" if counts.rows else "there are no rows"
-        raise LlmtuneDataError(f"{name}: nothing to train on: {what} (data.sequence_length {sequence_length})")
-    counts.examples = len(ids)
+    counts.examples = len(ids) - 1
     counts.tokens = sum(map(len, ids))
-    offsets = np.cumsum([0, *map(len, ids)])
-    return Dataset(np.concatenate(ids), np.concatenate(labels), offsets, counts)
+    return Dataset(np.concatenate(ids), np.concatenate(labels), np.cumsum([*map(len, ids)]), counts)
+
+
+def require_examples(dataset: Dataset, sequence_length: int, name: str) -> Dataset:
+    """The same; raises LlmtuneDataError where there is none."""
+    if not len(dataset):
+        what = "every row was left out" if dataset.counts.rows else "there are no rows"
+        raise LlmtuneDataError(f"{name}: nothing to train on: {what} (data.sequence_length {sequence_length})")
+    return dataset
 
 
 def join(datasets: Sequence[Dataset], mixture: Mixture | None) -> Dataset:
     """Sources one after the other, with the sums of their counts."""
     if len(datasets) == 1 and mixture is None:
         return datasets[0]
-    counts = Counts(*(sum(getattr(own.counts, entry.name) for own in datasets) for entry in fields(Counts)))
-    offsets = np.cumsum([0, *itertools.chain.from_iterable(own.lengths.tolist() for own in datasets)])
-    ids, labels = (np.concatenate([getattr(own, name) for own in datasets]) for name in ("input_ids", "labels"))
-    return Dataset(ids, labels, offsets, counts, mixture, tuple(map(len, datasets)))
+    return replace(concatenate(datasets), mixture=mixture, sizes=tuple(map(len, datasets)))
+
+
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    """Parts of one source, one after the other."""
+    counts = Counts(*(sum(getattr(own.counts, entry.name) for own in parts) for entry in fields(Counts)))
+    offsets = np.cumsum([0, *itertools.chain.from_iterable(own.lengths.tolist() for own in parts)])
+    ids, labels = (np.concatenate([getattr(own, name) for own in parts]) for name in ("input_ids", "labels"))
+    return Dataset(ids, labels, offsets, counts)
 
 
 def _fit(example: Example, limit: int, too_long: str, counts: Counts) -> Iterator[Example]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from llmtune.data.example import IGNORED, Cut, Example
 from llmtune.data.invalid import BadRow
+from llmtune.data.spans import Where
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers import Tokenizer
 from llmtune.tokenizers.conversation import ChatTemplate, Conversation
@@ -40,7 +41,7 @@ class Encoder:
     template: ChatTemplate | None
     pretrain: bool
 
-    def encode(self, drafts: Sequence[tuple[Draft, str]]) -> Iterator[Example | BadRow]:
+    def encode(self, drafts: Sequence[tuple[Draft, Where]]) -> Iterator[Example | BadRow]:
         """An example for each draft, or what is wrong with it, in order."""
         parts = self._parts([(draft, where) for draft, where in drafts if isinstance(draft, Parts)])
         turns = self._turns([(draft, where) for draft, where in drafts if isinstance(draft, Conversation)])
@@ -50,7 +51,7 @@ class Encoder:
             else:
                 yield next(parts if isinstance(draft, Parts) else turns)
 
-    def _turns(self, drafts: Sequence[tuple[Conversation, str]]) -> Iterator[Example | BadRow]:
+    def _turns(self, drafts: Sequence[tuple[Conversation, Where]]) -> Iterator[Example | BadRow]:
         if not drafts:
             return
         assert self.template is not None
@@ -65,7 +66,7 @@ class Encoder:
                 labels[1:] = ids[1:]
             yield Example(ids, labels, where, "end" if self.pretrain else "turn")
 
-    def _parts(self, rows: Sequence[tuple[Parts, str]]) -> Iterator[Example]:
+    def _parts(self, rows: Sequence[tuple[Parts, Where]]) -> Iterator[Example]:
         if not rows:
             return
         tokenizer = self.tokenizer

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from llmtune.data.spans import Where
+
 IGNORED = -100
 Cut = Literal["end", "pieces", "turn"]
 
@@ -18,7 +20,7 @@ class Example:
 
     input_ids: np.ndarray
     labels: np.ndarray
-    where: str
+    where: Where
     cut: Cut = "end"
 
     @property

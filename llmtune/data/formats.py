@@ -23,6 +23,7 @@ from llmtune.data.encoding import Draft, Encoder, Parts, size_of
 from llmtune.data.example import IGNORED, Example
 from llmtune.data.invalid import BadRow, Refuse, stop
 from llmtune.data.rows import Row
+from llmtune.data.spans import Where
 from llmtune.errors import LlmtuneDataError
 from llmtune.tokenizers import Tokenizer
 from llmtune.tokenizers.conversation import ChatTemplate, Conversation
@@ -121,7 +122,7 @@ def uses_template(name: str, row: Row | None = None, columns: Columns = MappingP
 
 def read_examples(rows: Iterable[Row], formatter: Formatter, refuse: Refuse = stop) -> Iterator[Example]:
     """Examples of rows; one without any target is a bad row, since it could teach nothing."""
-    batch: list[tuple[Draft, str]] = []
+    batch: list[tuple[Draft, Where]] = []
     size = 0
     for row in rows:
         try:
@@ -143,7 +144,7 @@ def _has_targets(conversation: Conversation) -> bool:
     return any(turn.role == "assistant" and turn.train for turn in conversation.messages)
 
 
-def _encoded(batch: list[tuple[Draft, str]], formatter: Formatter, refuse: Refuse) -> Iterator[Example]:
+def _encoded(batch: list[tuple[Draft, Where]], formatter: Formatter, refuse: Refuse) -> Iterator[Example]:
     for found in formatter.encoder.encode(batch):
         if isinstance(found, BadRow):
             refuse(found)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from llmtune.data.spans import Where
 from llmtune.errors import LlmtuneDataError
 
 SHOWN = 3  # places that a note names
@@ -20,7 +21,7 @@ SHOWN = 3  # places that a note names
 class BadRow(LlmtuneDataError):
     """One row's fault: `reason` is what it is counted under."""
 
-    def __init__(self, where: str, said: str, reason: str):
+    def __init__(self, where: Where, said: str, reason: str):
         super().__init__(f"{where}: {said}")
         self.reason = reason
 

@@ -7,6 +7,7 @@ piece comes as several rows, cut before a line.
 
 import codecs
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 from llmtune.data.files import kind_of, open_bytes, optional
 from llmtune.data.invalid import BadRow, Refuse, stop
+from llmtune.data.spans import Line, Span, Where, enter
 from llmtune.errors import LlmtuneDataError
 
 BOM = b"\xef\xbb\xbf"
@@ -28,44 +30,52 @@ class Row:
     """`where` is file:line, for messages."""
 
     value: dict[str, Any]
-    where: str
+    where: Where
 
 
-def read_rows(paths: Sequence[Path], refuse: Refuse = stop) -> Iterator[Row]:
+def read_rows(files: Sequence[Path | Span], refuse: Refuse = stop) -> Iterator[Row]:
     """All rows of all files, in order. `refuse` hears of each bad row; where it returns, reading goes on after it."""
-    for path in paths:
+    for span in (Span(file) if isinstance(file, Path) else file for file in files):
         try:
-            yield from READERS[kind_of(path)](path, refuse)
+            yield from READERS[kind_of(span.path)](span, refuse)
         except OSError as error:
-            raise LlmtuneDataError(f"{path}: cannot be read ({error.strerror or error})") from None
+            raise LlmtuneDataError(f"{span.path}: cannot be read ({error.strerror or error})") from None
 
 
-def _jsonl(path: Path, refuse: Refuse) -> Iterator[Row]:
-    with open_bytes(path) as file:
-        for number, line in _lines(file, path, refuse):
-            where = f"{path}:{number}"
+def _jsonl(span: Span, refuse: Refuse) -> Iterator[Row]:
+    with open_bytes(span.path) as file:
+        enter(file, span)
+        for number, line in _lines(file, span, refuse):
+            where = _line(span, number)
             try:
-                text = _decode(line.removeprefix(BOM) if number == 1 else line, path, number).strip()
+                first = number == 1 and not span.begin
+                text = _decode(line.removeprefix(BOM) if first else line, span, number).strip()
                 if text:
                     yield _row(_parse(text, where), where)
             except BadRow as error:
                 refuse(error)
 
 
-def _lines(file: BinaryIO, path: Path, refuse: Refuse) -> Iterator[tuple[int, bytes]]:
+def _line(span: Span, number: int) -> Where:
+    return f"{span.path}:{number}" if span.begin == 0 else Line(span, number)
+
+
+def _lines(file: BinaryIO, span: Span, refuse: Refuse) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a span that was entered, counted from 1."""
     number = 0
-    while line := file.readline(MAX_ROW + 1):
+    while (span.end is None or file.tell() < span.end) and (line := file.readline(MAX_ROW + 1)):
         number += 1
         if len(line) > MAX_ROW:
             while line and not line.endswith(b"\n"):
                 line = file.readline(PIECE)
-            refuse(BadRow(f"{path}:{number}", LARGE, "too large"))
+            refuse(BadRow(_line(span, number), LARGE, "too large"))
         else:
             yield number, line
 
 
-def _json(path: Path, refuse: Refuse) -> Iterator[Row]:
+def _json(span: Span, refuse: Refuse) -> Iterator[Row]:
     """The objects of a list, one after the other: a list of any length is never held as a whole."""
+    path = span.path
     with open_bytes(path) as file:
         text = _Text(path, file)
         start = text.skip_space()
@@ -113,7 +123,7 @@ class _Text:
             self.buffer = self.buffer[self.at :] + self.decoder.decode(raw, self.ended)
         except UnicodeDecodeError as error:
             line = self.line + self.buffer.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
-            raise LlmtuneDataError(str(_not_utf8(error.object[error.start], self.path, line))) from None
+            raise LlmtuneDataError(str(_not_utf8(error.object[error.start], Span(self.path), line))) from None
         self.at = 0
         return True
 
@@ -153,11 +163,12 @@ class _Text:
                 return value
 
 
-def _csv(path: Path, refuse: Refuse) -> Iterator[Row]:
+def _csv(span: Span, refuse: Refuse) -> Iterator[Row]:
     """The first line names the columns; all values are texts. Bytes that are not UTF-8 become lone surrogates for a moment."""
+    path = span.path
     csv.field_size_limit(MAX_ROW)
     with open_bytes(path) as file:
-        lines = _lines(file, path, refuse)
+        lines = _lines(file, span, refuse)
         texts = ((line.removeprefix(BOM) if n == 1 else line).decode("utf-8", "surrogateescape") for n, line in lines)
         reader = csv.reader(texts)
         header = next(reader, [])
@@ -170,7 +181,7 @@ def _csv(path: Path, refuse: Refuse) -> Iterator[Row]:
                 values = next(reader)
                 broken = next((c for value in values for c in value if "\udc80" <= c <= "\udcff"), None)
                 if broken is not None:
-                    raise _not_utf8(ord(broken) - 0xDC00, path, line)
+                    raise _not_utf8(ord(broken) - 0xDC00, span, line)
                 if values and len(values) != len(header):
                     said = f"{len(values)} fields, where the first line names {len(header)} columns"
                     raise BadRow(where, said, "wrong number of fields")
@@ -184,7 +195,8 @@ def _csv(path: Path, refuse: Refuse) -> Iterator[Row]:
                 refuse(error)
 
 
-def _txt(path: Path, refuse: Refuse) -> Iterator[Row]:
+def _txt(span: Span, refuse: Refuse) -> Iterator[Row]:
+    path = span.path
     with open_bytes(path) as file:
         held, line = file.read(PIECE).removeprefix(BOM), 1
         while held:
@@ -193,20 +205,21 @@ def _txt(path: Path, refuse: Refuse) -> Iterator[Row]:
             if not end and len(held) > MAX_ROW:
                 raise LlmtuneDataError(f"{path}:{line}: a line of more than {MAX_ROW >> 20} MiB; break it")
             if end:
-                text = _decode(held[:end], path, line)
+                text = _decode(held[:end], span, line)
                 yield Row({"text": text}, str(path) if line == 1 and not more else f"{path}:{line}")
             line += held.count(b"\n", 0, end)
             held = held[end:] + more
 
 
-def _parquet(path: Path, refuse: Refuse) -> Iterator[Row]:
+def _parquet(span: Span, refuse: Refuse) -> Iterator[Row]:
+    path = span.path
     parquet = optional("pyarrow.parquet", path)
     if path.suffix.lower() != ".parquet":
         raise LlmtuneDataError(f"{path}: parquet files are compressed inside; unpack this one")
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):
+            number, groups = _row_groups(file.metadata, span)
+            for batch in file.iter_batches(batch_size=64, row_groups=groups):
                 rows = [batch] if batch.nbytes <= MAX_ROW else [batch.slice(k, 1) for k in range(batch.num_rows)]
                 for part in rows:
                     if part.num_rows == 1 and part.nbytes > MAX_ROW:
@@ -221,7 +234,16 @@ def _parquet(path: Path, refuse: Refuse) -> Iterator[Row]:
         raise LlmtuneDataError(f"{path}: damaged, or not a parquet file ({said})") from None
 
 
-READERS: dict[str, Callable[[Path, Refuse], Iterator[Row]]] = {
+def _row_groups(metadata: Any, span: Span) -> tuple[int, list[int]]:
+    """(rows before them, row groups) of a span: a group begins where its share of the file's rows says."""
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    firsts = list(itertools.accumulate(counts, initial=0))
+    size = span.path.stat().st_size
+    own = [group for group, first in enumerate(firsts[:-1]) if span.has(size * first // max(firsts[-1], 1))]
+    return firsts[own[0]] if own else 0, own
+
+
+READERS: dict[str, Callable[[Span, Refuse], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -250,7 +272,7 @@ def _constant(name: str) -> Any:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, where: Where) -> Any:
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -267,18 +289,18 @@ def _said(error: Exception) -> str:
     return f"not valid JSON ({error})"  # NaN, or an integer of thousands of digits
 
 
-def _decode(raw: bytes, path: Path, line: int) -> str:
+def _decode(raw: bytes, span: Span, line: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(raw[error.start], path, line + raw.count(b"\n", 0, error.start)) from None
+        raise _not_utf8(raw[error.start], span, line + raw.count(b"\n", 0, error.start)) from None
 
 
-def _not_utf8(byte: int, path: Path, line: int) -> BadRow:
-    return BadRow(f"{path}:{line}", f"not UTF-8 (there is a byte 0x{byte:02x}); convert the file", "not UTF-8")
+def _not_utf8(byte: int, span: Span, line: int) -> BadRow:
+    return BadRow(_line(span, line), f"not UTF-8 (there is a byte 0x{byte:02x}); convert the file", "not UTF-8")
 
 
-def _row(value: Any, where: str) -> Row:
+def _row(value: Any, where: Where) -> Row:
     if not isinstance(value, dict):
         said = f"a row is an object of columns, not {type(value).__name__}"
         raise BadRow(where, said, "not an object")

@@ -14,6 +14,7 @@ from llmtune.data.files import files_digest
 from llmtune.data.first_row import Look, look_at
 from llmtune.data.formats import instruction_prompt, uses_template
 from llmtune.data.mixture import Mixture, short_names
+from llmtune.data.pooling import Alone, Peers
 from llmtune.data.sources import Reading, SourceReport, Tick, first_documents
 from llmtune.data.stream import Position, Stream, StreamedSource
 from llmtune.errors import LlmtuneConfigError, LlmtuneDataError
@@ -96,10 +97,15 @@ class RunData:
         return () if self.tokenizer is None else end_ids(self.tokenizer, self.template)
 
 
-def load_data(run: Run, config: ModelConfig, directory: Path | None, tick: Tick = lambda rows: None) -> RunData:
-    """Read and tokenise everything; raises LlmtuneError with file:line for what cannot be used."""
+def load_data(
+    run: Run, config: ModelConfig, directory: Path | None, tick: Tick = lambda rows: None, peers: Peers | None = None
+) -> RunData:
+    """Read and tokenise everything; raises LlmtuneError with file:line for what cannot be used.
+
+    `peers`: the processes that read it together, each its share; all of them get the same (None: this one reads all).
+    """
     tokenizer, template = _tokenizer(run, config, directory)
-    reading = Reading(run, config, tokenizer, template)
+    reading = Reading(run, config, tokenizer, template, peers or Alone())
 
     def load(given: str | list[str | DataSource], key: str) -> tuple[Dataset, list[SourceReport], list[str]]:
         sources = sources_of(given)

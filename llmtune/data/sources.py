@@ -2,17 +2,19 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from llmtune.config import DataSource, Run
-from llmtune.data.dataset import Counts, Dataset, collect
+from llmtune.data.dataset import Counts, Dataset, collect, fit, require_examples
 from llmtune.data.example import Example
-from llmtune.data.files import DataFile, data_files, read_identity
+from llmtune.data.files import DataFile, data_files
 from llmtune.data.formats import COLUMNS, Formatter, detect_format, make_formatter, read_examples, uses_template
 from llmtune.data.invalid import BadRow, Skipped, stop
+from llmtune.data.pooling import Alone, Found, Peers, pool, pooled_identity
 from llmtune.data.rows import Row, read_rows
+from llmtune.data.spans import share_of
 from llmtune.data.stream import Cursor, StreamedSource
 from llmtune.errors import LlmtuneDataError
 from llmtune.models.config import ModelConfig
@@ -53,13 +55,14 @@ class Reading:
     config: ModelConfig
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
+    peers: Peers = field(default_factory=Alone)
 
     def stream(self, source: DataSource, number: int) -> tuple[StreamedSource, SourceReport, str]:
         """(what reads it as it is needed, account, a line that says it) of the `number`-th training source."""
         data, paths = self.run.data, data_files(source.path)
         refuse = Skipped() if data.invalid == "skip" else stop
         columns = data.columns if source.columns is None else source.columns
-        name, how, _ = _format(source.format or data.format, read_rows(paths, refuse), columns, refuse, paths)
+        name, how, _ = _format(source.format or data.format, paths, columns, data.invalid)
         formatter = self._formatter(name, columns)
         key = (self.run.train.seed, number) if data.shuffle else None
         read = partial(read_examples, formatter=formatter, refuse=refuse)
@@ -80,19 +83,14 @@ class Reading:
     def load(self, source: DataSource, key: str, tick: Tick) -> tuple[Dataset, SourceReport, str]:
         """(examples, account, a line that says it). Raises LlmtuneError with file:line for what cannot be used."""
         data, paths = self.run.data, data_files(source.path)
-        skipped = Skipped()
-        refuse = skipped if data.invalid == "skip" else stop
         columns = data.columns if source.columns is None else source.columns
-        rows = read_rows(paths, refuse)
-        asked = source.format or data.format
-        name, how, rows = _format(asked, rows, columns, refuse, paths)
-        first = next(rows, None)
-        rows = rows if first is None else itertools.chain([first], rows)
+        name, how, first = _format(source.format or data.format, paths, columns, data.invalid)
         formatter = self._formatter(name, columns)
-        examples = _ticking(read_examples(rows, formatter, refuse), tick)
         named = key if isinstance(getattr(data, key.removeprefix("data.")), str) else f"{key} {source.path}"
+        found = pool(self._read_share(paths, formatter, tick), self.peers)
+        dataset, skipped = found.dataset, found.skipped
         try:
-            dataset = collect(examples, data.sequence_length, data.too_long, name=named)
+            require_examples(dataset, data.sequence_length, named)
         except LlmtuneDataError as error:
             raise LlmtuneDataError(f"{error}; {skipped.describe()}" if skipped.total else str(error)) from None
         skipped.require_few(dataset.counts.rows, data.max_skipped, named)
@@ -107,7 +105,7 @@ class Reading:
             replace(dataset.counts),
             dict(skipped.reasons),
             tuple(skipped.first),
-            tuple(read_identity(paths)),
+            tuple(pooled_identity(paths, self.peers)),
             source.license,
         )
         weight = "" if source.weight == 1 else f", weight {source.weight:g}"
@@ -119,26 +117,35 @@ class Reading:
             f"{note}, {skipped.describe()}; the first: {skipped.first[0]}" if skipped.total else note,
         )
 
+    def _read_share(self, paths: Sequence[Path], formatter: Formatter, tick: Tick) -> Found | LlmtuneDataError:
+        """This process's part of the files; what ends the reading is returned, so that all processes hear of it."""
+        data, skipped = self.run.data, Skipped()
+        refuse = skipped if data.invalid == "skip" else stop
+        rows = read_rows(list(share_of(paths, self.peers.index, self.peers.count)), refuse)
+        try:
+            examples = _ticking(read_examples(rows, formatter, refuse), tick)
+            return Found(fit(examples, data.sequence_length, data.too_long), skipped)
+        except LlmtuneDataError as error:
+            return error
 
-def _format(
-    asked: str, rows: Iterator[Row], columns: Mapping[str, str], refuse: Callable[[BadRow], None], paths: Sequence[Path]
-) -> tuple[str, str, Iterator[Row]]:
-    """(format, how it is known, all rows): with `auto`, the first row that has a known format's columns decides."""
+
+def _format(asked: str, paths: Sequence[Path], columns: Mapping[str, str], invalid: str) -> tuple[str, str, Row | None]:
+    """(format, how it is known, a first row): with `auto`, the first row that has a known format's columns decides."""
+    skip = invalid == "skip"
+    rows = itertools.islice(read_rows(paths, Skipped() if skip else stop), TRIED)
     if asked != "auto":
-        return asked, "as configured", rows
-    tried: list[Row] = []
+        return asked, "as configured", next(rows, None)
     first: BadRow | None = None
-    for row in itertools.islice(rows, TRIED):
-        tried.append(row)
+    for row in rows:
         try:
             name = detect_format(row, columns)
         except BadRow as error:
-            if refuse is stop:
+            if not skip:
                 raise
             first = first or error
             continue
         spelled = " and ".join(columns.get(own, own) for own in COLUMNS[name])
-        return name, f"detected by {spelled}", itertools.chain(tried, rows)
+        return name, f"detected by {spelled}", row
     raise first or LlmtuneDataError(f"{paths[0]}: the file holds no rows")
 
 

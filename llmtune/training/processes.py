@@ -7,6 +7,7 @@ Checkpoints are not among it: there every process writes its part. An export tak
 """
 
 from collections.abc import Sequence
+from typing import final
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 TOLD = 400  # bytes that one process tells the others
+PIECE = 1 << 20
+GATHERED = 64 * PIECE  # bytes that a device holds at a time of what all processes tell
 
 
 def is_first() -> bool:
@@ -43,6 +46,37 @@ def first_told(text: str | None) -> str | None:
     own[: len(said)] = list(said)
     told = (bytes(row.tolist()).rstrip(b"\0") for row in multihost_utils.process_allgather(own))
     return next((row.decode(errors="ignore") for row in told if row), None)
+
+
+@final
+class Peers:
+    """All processes of the run, who read the data together (llmtune.data.pooling.Peers)."""
+
+    @property
+    def index(self) -> int:
+        """Of this process."""
+        return jax.process_index()
+
+    @property
+    def count(self) -> int:
+        """Of processes."""
+        return jax.process_count()
+
+    def gather(self, own: np.ndarray) -> list[np.ndarray]:
+        """Every process's array of one axis, in the order of processes. They travel in pieces, so that devices hold little."""
+        if self.count == 1:
+            return [own]
+        raw = own.view(np.uint8)
+        sizes = multihost_utils.process_allgather(np.array(divmod(len(raw), PIECE), np.int32)).tolist()
+        sizes = [whole * PIECE + rest for whole, rest in sizes]
+        width = min(max(sizes), max(GATHERED // self.count, PIECE))
+        parts: list[list[np.ndarray]] = [[] for _ in sizes]
+        for start in range(0, max(sizes), max(width, 1)):
+            piece = np.zeros(width, np.uint8)
+            piece[: len(raw[start : start + width])] = raw[start : start + width]
+            for size, found, part in zip(sizes, multihost_utils.process_allgather(piece), parts, strict=True):
+                part.append(found[: max(size - start, 0)])
+        return [np.concatenate([np.zeros(0, np.uint8), *part]).view(own.dtype) for part in parts]
 
 
 def held_rows(layout: NamedSharding, rows: int) -> np.ndarray:

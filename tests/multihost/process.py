@@ -11,12 +11,13 @@ import jax
 
 import llmtune
 from checkpoints_convert.safetensors_reader import WeightDirectory
-from llmtune.data import BatchSource
+from llmtune.data import BatchSource, sources
 
 
 def watch():
-    """What is read from now on: bytes of weights before the first batch, and rows of global batches."""
-    seen = {"weight_bytes": 0, "rows": []}
+    """What is read from now on: bytes of weights before the first batch, rows of files, and rows of global batches."""
+    seen = {"weight_bytes": 0, "rows": [], "file_rows": []}
+    fit_examples = sources.fit
     read_slice, read_batch = WeightDirectory.read_slice, BatchSource.__getitem__
 
     def weights(self, name, index):
@@ -29,6 +30,15 @@ def watch():
         seen["rows"].append((int(step), list(self.share), [row.tolist() for row in own["tokens"]]))
         return own
 
+    def fit(examples, *limits):
+        def watched():
+            for example in examples:
+                seen["file_rows"].append(str(example.where))
+                yield example
+
+        return fit_examples(watched(), *limits)
+
+    sources.fit = fit
     WeightDirectory.read_slice, BatchSource.__getitem__ = weights, batch
     return seen
 
@@ -37,7 +47,7 @@ def main(address, processes, index, out, *configs):
     jax.distributed.initialize(address, int(processes), int(index), cluster_detection_method="deactivate")
     seen, told = watch(), []
     for config in configs:
-        seen |= {"weight_bytes": 0, "rows": []}
+        seen |= {"weight_bytes": 0, "rows": [], "file_rows": []}
         llmtune.train(llmtune.load_run(config))
         told.append(dict(seen))
     Path(out).write_text(json.dumps(told))

@@ -96,6 +96,13 @@ def test_each_process_reads_its_share_of_the_rows(ground, two, batches):
             np.testing.assert_array_equal(rows, text[step][share])
 
 
+def test_each_process_tokenises_its_share_of_the_file(ground, two):
+    """Here too each row is read by one process; whose rows of a batch they are is another matter."""
+    first, second = (own["file_rows"] for own in two["whole"])
+    assert first + second == [f"{ground.rows}:{line}" for line in range(1, len(first + second) + 1)]
+    assert 0.4 < len(first) / len(first + second) < 0.6
+
+
 def test_processes_that_divide_the_sequence_read_the_same_rows(two):
     for own in two["across"]:
         assert all(share == list(range(ROWS)) for _, share, _ in own["rows"])

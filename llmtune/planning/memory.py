@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from llmtune.config import Run
 from llmtune.models.config import ModelConfig
 from llmtune.models.traveling_tokens import PIECE
-from llmtune.planning.abstract import Inputs, device_bytes
+from llmtune.planning.abstract import Inputs, device_bytes, part_bytes
 from llmtune.planning.traffic import traveling
 from llmtune.sharding import Strategy, axis_size
 from llmtune.weights import vocabulary_loss
@@ -42,6 +42,7 @@ class Memory:
 
     `block`: intermediate arrays of the block that goes backward; `loss`: those around the logits. One of them is there at a time.
     `passing`: moments that come from the host's memory for their update and go back, when nothing of the passes is there.
+    `host`: what waits in that memory, for each device of the host.
     """
 
     weights: int
@@ -53,6 +54,7 @@ class Memory:
     block: int
     loss: int
     passing: int = 0
+    host: int = 0
 
     @property
     def state(self) -> int:
@@ -74,6 +76,7 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
     """Of one layout of a run."""
     trainable, frozen = inputs.weights.trainable, inputs.weights.frozen
     whole, itemsize = device_bytes(jax.tree.leaves(trainable)), jnp.dtype(run.train.dtype).itemsize
+    moments = jax.tree.leaves(inputs.state.opt_state)
 
     def ways(*axes: str) -> int:
         return math.prod(axis_size(mesh, part) for part in strategy.spec(*axes))
@@ -102,7 +105,7 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
     return Memory(
         weights=device_bytes(jax.tree.leaves(frozen)) + (whole if run.adapt is None else 0),
         adapters=0 if run.adapt is None else whole,
-        moments=device_bytes(jax.tree.leaves(inputs.state.opt_state)),
+        moments=device_bytes(moments),
         gradients=sum(map(_local, jax.tree.leaves(trainable))) * 4 * (1 if run.train.microbatches == 1 else 2),
         copies=sum(map(_local, wide)) * itemsize,
         kept=round(_kept(run, config, tokens, residual, ways) * config.num_hidden_layers),
@@ -111,6 +114,9 @@ def estimate_memory(run: Run, config: ModelConfig, inputs: Inputs, mesh: Mesh, s
         passing=round(PASSING * max(map(_local, jax.tree.leaves(trainable))) * 4)
         if run.optimizer.memory == "host"
         else 0,
+        host=part_bytes(moments)
+        - device_bytes(moments)
+        + round(residual * itemsize * config.num_hidden_layers * (run.train.remat == "offload")),
     )
 
 

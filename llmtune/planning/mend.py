@@ -1,6 +1,6 @@
 """The nearest change that makes a run fit: found by trying, first by estimate, then by the compiler.
 
-    remat block  ->  more microbatches  ->  both, under another strategy  ->  a 4-bit base, of an adapter  ->  a larger slice
+    remat block  ->  microbatches  ->  the host's memory  ->  another strategy  ->  a 4-bit base, of an adapter  ->  a larger slice
 
 Changes come in the order of what they cost a user: time, then another layout, then another result, then money.
 """
@@ -51,6 +51,7 @@ def changes(layout: Layout) -> Iterator[tuple[str, Layout]]:
     run, source, topology = layout.run, layout.source, layout.topology
     placed = devices(topology)
     yield from _within(layout, "")
+    yield from _on_host(layout, placed)
     for path in sorted((configs_directory() / "strategies").glob("*.yaml")):
         if path.stem == layout.strategy.name:
             continue
@@ -82,6 +83,24 @@ def _within(layout: Layout, before: str) -> Iterator[tuple[str, Layout]]:
             )
             if said and pieces >= train.microbatches and layout.divides(pieces):
                 yield before + ", ".join(said), dataclasses.replace(layout, run=own)
+
+
+def _on_host(layout: Layout, placed: Sequence) -> Iterator[tuple[str, Layout]]:
+    """What blocks begin with, the optimizer's state, and both, waiting in the host's memory: of TPUs, whose compiler knows it."""
+    run = layout.run
+    if layout.mesh.devices.flat[0].platform != "tpu":
+        return
+    if run.train.remat != "offload":
+        yield "train.remat offload", layout.again(remat="offload")
+    if run.optimizer.memory == "host" or run.optimizer.name == "schedule_free_adamw":
+        return
+    moved = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, memory="host"))
+    own = _laid_out(moved, layout.source, layout.topology, placed)
+    if own is not None:
+        yield "optimizer.memory host", own
+        yield from _within(own, "optimizer.memory host, ")
+        if run.train.remat != "offload":
+            yield "optimizer.memory host, train.remat offload", own.again(remat="offload")
 
 
 def _laid_out(run: Run, source: pretrained.Source, topology: Topology, placed: Sequence) -> Layout | None:

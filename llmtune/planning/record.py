@@ -30,6 +30,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "verdict": verdict(plan),
         "memory": {**plan.memory, "needed": plan.needed, "limit": plan.limit, "estimated": layout.memory.total},
+        "host_memory": layout.memory.host,
         "compiled": None if plan.compiled is None else {
             "arguments": plan.compiled.arguments,
             "alive": plan.compiled.alive,

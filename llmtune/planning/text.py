@@ -49,6 +49,8 @@ def sections(plans: Sequence[Plan]) -> list[tuple[str, Rows]]:
     ]
     if any(plan.compiled is not None and plan.compiled.alive is not None for plan in plans):
         memory.insert(-2, ("alive at one time", [_alive(plan) for plan in plans]))
+    if any(plan.layout.memory.host for plan in plans):
+        memory.append(("in the host's memory, for each device", [_gb(plan.layout.memory.host) for plan in plans]))
     costs = [(plan.layout.costs, device_count(plan.layout.sizes)) for plan in plans]
     work = [
         ("model TFLOP", [amount(own.model_flops / count / TERA, 1) for own, count in costs]),

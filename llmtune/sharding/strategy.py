@@ -95,7 +95,7 @@ class Strategy:
         used = [mesh_axis for part in parts for mesh_axis in part]
         if len(set(used)) != len(used):
             raise ShardingError(
-                f"strategy {self.name}: the axes {logical} of one tensor are split over the same mesh axis twice "
+                f"strategy {self.name}: the axes {_named(logical)} of one tensor are split over the same mesh axis twice "
                 f"({', '.join(sorted({a for a in used if used.count(a) > 1}))}); map one of them to another mesh axis"
             )
         return PartitionSpec(*(part[0] if len(part) == 1 else (part or None) for part in parts))
@@ -133,6 +133,12 @@ def strategy_from_table(name: str, table: Mapping[str, object]) -> Strategy:
         )
     axes, state = (_table(name, key, table.get(key) or {}) for key in ("axes", "state"))
     return Strategy(name, axes, _mesh_axes(name, table.get("gather")), state, str(table.get("about") or "").strip())
+
+
+def _named(logical: tuple[str | None, ...]) -> str:
+    """As a table names them: `rows` are those of the batch, cut along the sequence."""
+    named = (("batch", "seq") if axis == "rows" else (axis,) for axis in logical if axis)
+    return ", ".join(str(axis) for part in named for axis in part)
 
 
 def _table(name: str, key: str, table: object) -> dict[str, MeshAxes]:

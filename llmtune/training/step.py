@@ -63,16 +63,7 @@ def make_train_step(
     dropout drops follows from (seed, step, microbatch, weight).
     """
 
-    def sums(
-        start: Any, trainable: Any, frozen: Any, key: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        model = bind(perturb(combine(trainable, frozen), key))
-        if start is None:
-            loss, weight, figures = objective(model, batch)
-            return loss, (weight, figures)
-        loss, weight, figures = objective(with_reference(model, bind(combine(start, frozen))), batch)
-        distance = weight * half_squared_distance(trainable, start)  # divided by the weight of all, it counts once
-        return loss + l2_start * distance, (weight, {**figures, "l2_start": distance})
+    sums = loss_sums(bind, objective, perturb, l2_start)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with strategy.active():
@@ -110,6 +101,23 @@ def make_train_step(
             return update(propose, state.opt_state, grads)
 
     return step
+
+
+def loss_sums(bind: Bind, objective: Objective, perturb: Callable[[Any, jax.Array], Any], l2_start: float) -> Callable:
+    """(start, trainable, frozen, key, batch) -> (sum of loss, (sum of weight, sums of figures)), of one microbatch."""
+
+    def sums(
+        start: Any, trainable: Any, frozen: Any, key: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        model = bind(perturb(combine(trainable, frozen), key))
+        if start is None:
+            loss, weight, figures = objective(model, batch)
+            return loss, (weight, figures)
+        loss, weight, figures = objective(with_reference(model, bind(combine(start, frozen))), batch)
+        distance = weight * half_squared_distance(trainable, start)  # divided by the weight of all, it counts once
+        return loss + l2_start * distance, (weight, {**figures, "l2_start": distance})
+
+    return sums
 
 
 def with_reference(model: Any, reference: Any) -> Any:

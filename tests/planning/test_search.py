@@ -108,6 +108,22 @@ def test_changes_come_in_the_order_of_what_they_cost():
     assert names[-1].startswith("--topology v5e:")
 
 
+def test_the_hosts_memory_is_tried_before_another_layout():
+    layout = laid_out("mistral-7b-v0.1", "v5e:2x2", rows=4, length=2048, train={"batch_size": 4, "remat": "block"})
+    names = [name for name, _ in changes(layout)]
+    host = names.index("optimizer.memory host")
+    assert names.index("train.remat offload") < host < next(n for n, name in enumerate(names) if "strategy" in name)
+    own = dict(changes(layout))["optimizer.memory host, train.remat offload"]
+    weights = layout.memory.weights
+    assert layout.memory.host == 0 and own.memory.moments < 1e3
+    assert own.memory.host == pytest.approx(2 * weights + 1 * 2048 * 4096 * 2 * 32, rel=0.01)
+
+
+def test_described_gpus_have_no_memory_of_their_host():
+    layout = laid_out("llama3.2-1b", "h100:1", rows=4, length=2048, train={"batch_size": 4, "remat": "block"})
+    assert not any("host" in name or "offload" in name for name, _ in changes(layout))
+
+
 def test_the_nearest_change_that_fits_is_compiled():
     adapt = {"method": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"}
     layout = laid_out("llama3.2-1b", "v5e:2x2", length=2048, adapt=adapt, train={"batch_size": 256, "remat": "none"})

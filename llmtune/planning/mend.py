@@ -1,6 +1,6 @@
 """The nearest change that makes a run fit: found by trying, first by estimate, then by the compiler.
 
-    remat block  ->  microbatches  ->  the host's memory  ->  another strategy  ->  a 4-bit base, of an adapter  ->  a larger slice
+    remat block  ->  microbatches  ->  the host's memory  ->  another strategy  ->  4-bit base of an adapter  ->  a larger slice
 
 Changes come in the order of what they cost a user: time, then another layout, then another result, then money.
 """

@@ -109,7 +109,7 @@ def load_data(
 
     def load(given: str | list[str | DataSource], key: str) -> tuple[Dataset, list[SourceReport], list[str]]:
         sources = sources_of(given)
-        datasets, reports, notes = zip(*(reading.load(source, key, tick) for source in sources), strict=True)
+        datasets, reports, notes = zip(*reading.load(sources, key, tick), strict=True)
         weights = tuple(source.weight for source in sources)
         sizes = tuple(map(len, datasets))
         mixture = Mixture(sizes, weights) if set(weights) != {1} else None

@@ -25,14 +25,21 @@ class Span:
     begin: int = 0
     end: int | None = None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is the file."""
-        return self.begin == 0 and self.end is None
-
     def has(self, at: int) -> bool:
         """Whether what begins at a byte is in it."""
         return at >= self.begin and (self.end is None or at < self.end)
+
+    @functools.cached_property
+    def lines_before(self) -> int:
+        """Lines of the file that begin before it."""
+        if self.begin == 0:
+            return 0
+        with self.path.open("rb") as file:
+            left, count = self.begin - 1, 1
+            while left and (piece := file.read(min(left, PIECE))):
+                left -= len(piece)
+                count += piece.count(b"\n")
+        return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +50,17 @@ class Line:
     number: int
 
     def __str__(self) -> str:
-        return f"{self.span.path}:{_lines_before(self.span) + self.number}"
+        return f"{self.span.path}:{self.span.lines_before + self.number}"
 
 
 Where = str | Line  # of a row, for messages
 
 
-def share_of(paths: Sequence[Path], index: int, count: int) -> Iterator[Span]:
-    """What the `index`-th of `count` reads. All shares, one after the other, are all rows in their order, each once."""
-    sizes = [path.stat().st_size for path in paths]
+def share_of(paths: Sequence[Path], sizes: Sequence[int], index: int, count: int) -> Iterator[Span]:
+    """What the `index`-th of `count` reads of files of so many bytes.
+
+    All shares, one after the other, are all rows in their order, each once.
+    """
     first, last = (sum(sizes) * part // count for part in (index, index + 1))
     start = 0
     for path, size in zip(paths, sizes, strict=True):
@@ -69,16 +78,3 @@ def enter(file: BinaryIO, span: Span) -> None:
         file.seek(span.begin - 1)  # where a line ends right before the span, no line is lost
         while (passed := file.readline(PIECE)) and not passed.endswith(b"\n"):
             pass
-
-
-@functools.lru_cache
-def _lines_before(span: Span) -> int:
-    """Lines of the file that begin before the span."""
-    if span.begin == 0:
-        return 0
-    with span.path.open("rb") as file:
-        left, count = span.begin - 1, 1
-        while left and (piece := file.read(min(left, PIECE))):
-            left -= len(piece)
-            count += piece.count(b"\n")
-    return count

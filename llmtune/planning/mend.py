@@ -6,6 +6,7 @@ Changes come in the order of what they cost a user: time, then another layout, t
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 from llmtune import pretrained
@@ -19,7 +20,7 @@ from llmtune.planning.topology import Topology, devices, larger
 from llmtune.sharding import ShardingError
 from llmtune.shipped import configs_directory
 
-TRIES = 3  # programs compiled before it is left at an estimate
+TRIES = 2  # programs compiled of each kind of change before the next kind has its turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,41 +33,52 @@ class Mended:
 
 def mend(plan: Plan, compile_layout: Compile, note: Note) -> Mended | None:
     """The nearest change that fits, compiled; None where none was found."""
-    tried = 0
-    for change, layout in changes(plan.layout):
-        if layout.memory.total * ROOM > layout.topology.chip.hbm_bytes:
-            continue
-        note(f"trying {change}")
-        found = plan_layout(layout, compile_layout, note)
-        tried += 1
-        if found.fits:
-            return Mended(change, found)
-        if tried == TRIES:
-            return None
+    for kind in kinds_of_change(plan.layout):
+        fitting = (own for own in kind if own[1].memory.total * ROOM <= own[1].topology.chip.hbm_bytes)
+        for change, layout in itertools.islice(fitting, TRIES):
+            note(f"trying {change}")
+            found = plan_layout(layout, compile_layout, note)
+            if found.fits:
+                return Mended(change, found)
     return None
 
 
-def changes(layout: Layout) -> Iterator[tuple[str, Layout]]:
-    """(what is changed, the layout with it), the nearest first."""
-    run, source, topology = layout.run, layout.source, layout.topology
-    placed = devices(topology)
-    yield from _within(layout, "")
-    yield from _on_host(layout, placed)
+def kinds_of_change(layout: Layout) -> list[Iterator[tuple[str, Layout]]]:
+    """(what is changed, the layout with it), the nearest first, of each kind; found as they are asked for."""
+    placed = devices(layout.topology)
+    return [
+        _within(layout, ""),
+        _on_host(layout, placed),
+        _other_strategies(layout, placed),
+        _quantised(layout, placed),
+        _larger(layout),
+    ]
+
+
+def _other_strategies(layout: Layout, placed: Sequence) -> Iterator[tuple[str, Layout]]:
     for path in sorted((configs_directory() / "strategies").glob("*.yaml")):
         if path.stem == layout.strategy.name:
             continue
-        own = best_mesh(run, source, topology, placed, path.stem)
+        own = best_mesh(layout.run, layout.source, layout.topology, placed, path.stem)
         if own is not None:
             said = f"sharding.strategy {path.stem}, sharding.mesh {describe_mesh(own.sizes)}"
             yield said, own
             yield from _within(own, f"{said}, ")
-    if run.adapt is not None and run.quantize is None:
-        own = _laid_out(dataclasses.replace(run, quantize=Quantize(base="nf4")), source, topology, placed)
-        if own is not None:
-            yield "quantize.base nf4", own
-            yield from _within(own, "quantize.base nf4, ")
-    for bigger in larger(topology):
-        own = best_mesh(run, source, bigger, devices(bigger), layout.strategy.name)
+
+
+def _quantised(layout: Layout, placed: Sequence) -> Iterator[tuple[str, Layout]]:
+    run = layout.run
+    if run.adapt is None or run.quantize is not None:
+        return
+    own = _laid_out(dataclasses.replace(run, quantize=Quantize(base="nf4")), layout.source, layout.topology, placed)
+    if own is not None:
+        yield "quantize.base nf4", own
+        yield from _within(own, "quantize.base nf4, ")
+
+
+def _larger(layout: Layout) -> Iterator[tuple[str, Layout]]:
+    for bigger in larger(layout.topology):
+        own = best_mesh(layout.run, layout.source, bigger, devices(bigger), layout.strategy.name)
         if own is not None:
             yield f"--topology {bigger.name}", own
 

@@ -15,8 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 TOLD = 400  # bytes that one process tells the others
-PIECE = 1 << 20
-GATHERED = 64 * PIECE  # bytes that a device holds at a time of what all processes tell
+PIECE = 64 << 20  # bytes that travel at a time
 
 
 def is_first() -> bool:
@@ -63,20 +62,25 @@ class Peers:
         return jax.process_count()
 
     def gather(self, own: np.ndarray) -> list[np.ndarray]:
-        """Every process's array of one axis, in the order of processes. They travel in pieces, so that devices hold little."""
+        """Every process's array of one axis, in the order of processes: all at once where they are small, else one by one."""
         if self.count == 1:
             return [own]
         raw = own.view(np.uint8)
-        sizes = multihost_utils.process_allgather(np.array(divmod(len(raw), PIECE), np.int32)).tolist()
-        sizes = [whole * PIECE + rest for whole, rest in sizes]
-        width = min(max(sizes), max(GATHERED // self.count, PIECE))
-        parts: list[list[np.ndarray]] = [[] for _ in sizes]
-        for start in range(0, max(sizes), max(width, 1)):
-            piece = np.zeros(width, np.uint8)
-            piece[: len(raw[start : start + width])] = raw[start : start + width]
-            for size, found, part in zip(sizes, multihost_utils.process_allgather(piece), parts, strict=True):
-                part.append(found[: max(size - start, 0)])
-        return [np.concatenate([np.zeros(0, np.uint8), *part]).view(own.dtype) for part in parts]
+        halves = multihost_utils.process_allgather(np.array(divmod(len(raw), 1 << 30), np.int32)).tolist()
+        sizes = [high << 30 | low for high, low in halves]
+        largest = max(sizes)
+        if largest * self.count <= PIECE:
+            rows = multihost_utils.process_allgather(np.pad(raw, (0, largest - len(raw))))
+            return [row[:size].copy().view(own.dtype) for row, size in zip(rows, sizes, strict=True)]
+        found = [np.empty(size, np.uint8) for size in sizes]
+        for process, whole in enumerate(found):
+            for start in range(0, len(whole), PIECE):
+                piece = np.zeros(PIECE, np.uint8)
+                if process == self.index:
+                    piece[: len(raw) - start] = raw[start : start + PIECE]
+                told = multihost_utils.broadcast_one_to_all(piece, is_source=process == self.index)
+                whole[start : start + PIECE] = told[: len(whole) - start]
+        return [whole.view(own.dtype) for whole in found]
 
 
 def held_rows(layout: NamedSharding, rows: int) -> np.ndarray:

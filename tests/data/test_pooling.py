@@ -40,7 +40,7 @@ def together(count, load):
         except LlmtuneDataError as error:
             found[index] = error
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    threads = [threading.Thread(target=work, args=(index,), name=str(index)) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -121,6 +121,47 @@ def test_too_many_skipped_and_nothing_left_are_told_alike(loader, tmp_path):
         with pytest.raises(LlmtuneDataError, match=said) as one:
             load()
         assert [str(own) for own in together(3, load)[0]] == [str(one.value)] * 3
+
+
+def test_whole_files_fall_to_each_process_in_turn(loader, tmp_path):
+    """Six sources of one file each that cannot be divided, four processes: none reads more than two of them."""
+    rows = json.dumps([{"text": "Once upon a time there was a fox."}] * 50)
+    paths = [tmp_path / f"{k}.json" for k in range(6)]
+    for path in paths:
+        path.write_text(rows)
+    load = loader([{"path": str(path)} for path in paths])
+    alone, (found, read) = load(), together(4, load)
+    assert read == [100, 100, 50, 50]
+    for own in found:
+        np.testing.assert_array_equal(own.train.input_ids, alone.train.input_ids)
+        assert (own.digest, own.notes, own.sources) == (alone.digest, alone.notes, alone.sources)
+
+
+def test_processes_that_see_other_files_are_told(loader, tmp_path, monkeypatch):
+    """One with a shorter copy, one with a file less, one that cannot read it: all end with the same line."""
+    from llmtune.data import sources
+
+    (tmp_path / "rows").mkdir()
+    names = [tmp_path / "rows" / name for name in ("a.jsonl", "b.jsonl")]
+    for name in names:
+        name.write_text('{"text": "Once upon a time."}\n' * 20)
+    short = tmp_path / "short" / "b.jsonl"
+    short.parent.mkdir()
+    short.write_text('{"text": "Once upon a time."}\n' * 15)
+    load, asked = loader(str(tmp_path / "rows")), sources.data_files
+    for seen, said in (
+        ([names[0], short], "process 1 sees b.jsonl with 450 bytes where another sees b.jsonl with 600"),
+        (names[:1], "process 1 sees 1 files where another sees 2"),
+        ([names[0], tmp_path / "gone.jsonl"], "gone.jsonl: cannot be read (No such file or directory)"),
+    ):
+
+        def listed(path, seen=seen):
+            return seen if threading.current_thread().name == "1" else asked(path)
+
+        monkeypatch.setattr(sources, "data_files", listed)
+        found, _ = together(3, load)
+        assert all(isinstance(own, LlmtuneDataError) and said in str(own) for own in found), found
+        assert len({str(own) for own in found}) == 1
 
 
 def test_more_processes_than_rows(loader, tmp_path):

@@ -20,7 +20,8 @@ def told(rows):
 
 
 def shares(paths, count):
-    return [list(share_of(paths, index, count)) for index in range(count)]
+    sizes = [path.stat().st_size for path in paths]
+    return [list(share_of(paths, sizes, index, count)) for index in range(count)]
 
 
 def require_same(paths, counts=COUNTS):
@@ -89,7 +90,7 @@ def test_other_files_are_read_whole_by_one(tmp_path):
     assert len(require_same(paths)) == 7
     for count in COUNTS:
         owned = [span for spans in shares(paths, count) for span in spans]
-        assert [span.path for span in owned] == paths and all(span.is_whole for span in owned)
+        assert owned == [Span(path) for path in paths]
 
 
 def test_a_share_reads_its_part_of_the_bytes_alone(tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_a_share_reads_its_part_of_the_bytes_alone(tmp_path, monkeypatch):
         return Counted()
 
     monkeypatch.setattr(rows, "open_bytes", counting)
-    for index in range(10):
+    for spans in shares([path], 10):
         read.clear()
-        assert sum(1 for _ in read_rows(list(share_of([path], index, 10)))) == 5_000
+        assert sum(1 for _ in read_rows(spans)) == 5_000
         assert sum(read) <= path.stat().st_size / 10 + 200

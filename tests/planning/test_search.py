@@ -16,7 +16,7 @@ from llmtune.planning.cache import cached, digest
 from llmtune.planning.candidates import meshes
 from llmtune.planning.collectives import Collective
 from llmtune.planning.layout import lay_out
-from llmtune.planning.mend import changes, mend
+from llmtune.planning.mend import kinds_of_change, mend
 from llmtune.planning.plan import Plan, plan_run
 from llmtune.planning.record import record
 from llmtune.planning.report import page
@@ -98,6 +98,10 @@ def test_search_says_where_the_compiler_finds_room_for_none(starter):
 
     with pytest.raises(LlmtuneConfigError, match=r"layouts fit v5e:2x2 by estimate, and none by the compiler"):
         search(run_of(starter), parse_topology("v5e:2x2"), ["fsdp"], compile_layout, lambda line: None)
+
+
+def changes(layout):
+    return [change for kind in kinds_of_change(layout) for change in kind]
 
 
 def test_changes_come_in_the_order_of_what_they_cost():

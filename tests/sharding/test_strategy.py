@@ -24,6 +24,8 @@ def test_spec_follows_the_table():
 def test_one_mesh_axis_twice_in_a_tensor_is_refused():
     with pytest.raises(ShardingError, match="same mesh axis twice"):
         Strategy("s", {"embed": ("fsdp",), "mlp": ("fsdp",)}).spec("embed", "mlp")
+    with pytest.raises(ShardingError, match="the axes expert, batch, seq of one tensor"):  # in the words of a table
+        Strategy("s", {"expert": ("fsdp",), "batch": ("fsdp",)}).spec("expert", "rows", None)
 
 
 SHIPPED = [

@@ -51,6 +51,28 @@ def test_an_export_takes_all_processes_and_the_first_writes(monkeypatch, stories
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
+def test_a_bad_row_in_one_processes_share_ends_both_alike(starter, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    good = '{"prompt": "How much is two and two?", "completion": "Four."}'
+    rows.write_text("\n".join([good] * 90 + ['{"prompt": "And three?", "completion": 6}'] + [good] * 9))
+    run_config(tmp_path, starter, rows, name="run", data={"train": str(rows), "format": "auto"})
+    address = free_address()
+    command = [
+        sys.executable,
+        "-m",
+        "llmtune.cli",
+        "train",
+        tmp_path / "run.yaml",
+        "--processes",
+        2,
+        "--coordinator",
+        address,
+    ]
+    codes, said = side_by_side([[*command, "--process", index] for index in range(2)])
+    assert codes == [2, 2], said
+    assert all(f"llmtune: error: {rows}:91: the column 'completion' is int" in own for own in said), said
+
+
 @pytest.mark.nightly
 def test_two_processes_train_evaluate_and_export_like_one(starter, tmp_path):
     rows = starter / "instructions_validation.jsonl"

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,17 @@ from llmtune.weights.doors import Weight, linear
 from llmtune.weights.tied import Tied
 from llmtune.weights.vocabulary_loss import vocabulary_loss
 
+LOGITS = ("batch", "seq", "act_vocab")  # their logical axes
+KEPT = 2**28  # bytes of float32 logits of a whole batch that are kept for the gradient of a head that trains
+
 
 def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and the log-sum-exp of its logits, both float32 [batch, seq].
 
     hidden [batch, seq, embed], targets int32 [batch, seq]. Logits exist for about `chunk` tokens of each row at a time:
-    [batch, seq, vocab] is never held. The gradient with respect to `hidden` is formed beside the logits, in the forward pass;
-    logits are formed again in the backward pass only where the head itself trains.
+    [batch, seq, vocab] is never held, unless it is as small as KEPT. The gradient with respect to `hidden` is formed beside the
+    logits, in the forward pass; the backward pass asks for logits only where the head itself trains, and forms them again where
+    they were not kept.
 
     Where several devices share one head that is an array, or a tied table, it is cut along the vocabulary instead, which moves
     fewer bytes between them (`weights/vocabulary_loss.py`).
@@ -31,13 +35,15 @@ def head_loss(hidden: jax.Array, w: Weight, targets: jax.Array, *, chunk: int) -
     batch, seq, embed = hidden.shape
     pieces = max(1, math.ceil(seq / chunk))
     piece = functools.partial(_piece_of_head_loss, w)
+    vocab = jax.eval_shape(lambda h: linear(h, w, LOGITS), hidden).shape[-1]
+    names = ("toward", "logits") if batch * seq * vocab * 4 <= KEPT else ("toward",)
     if pieces == 1:
-        return _again(piece, in_scan=False)(hidden, targets)
+        return _again(piece, names, in_scan=False)(hidden, targets)
     size = math.ceil(seq / pieces)
     padding = pieces * size - seq
     h = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, pieces, size, embed).swapaxes(0, 1)
     t = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, pieces, size).swapaxes(0, 1)
-    _, out = jax.lax.scan(lambda _, chunk: (None, _again(piece, in_scan=True)(*chunk)), None, (h, t))
+    _, out = jax.lax.scan(lambda _, chunk: (None, _again(piece, names, in_scan=True)(*chunk)), None, (h, t))
     log_probs, totals = (o.swapaxes(0, 1).reshape(batch, pieces * size)[:, :seq] for o in out)
     return log_probs, totals
 
@@ -49,23 +55,22 @@ def _piece_of_head_loss(w: Weight, h: jax.Array, targets: jax.Array) -> tuple[ja
     (h - constant h) * toward    zero in value; d log_probs / d h = W (one_hot - softmax) = toward, already formed
     total of a constant weight   to h, where somebody differentiates the log-sum-exp (z-loss); else it merges with the first
     """
-    out_axes = ("batch", "seq", "act_vocab")
     still_h, still_w = jax.lax.stop_gradient((h, w))
-    logits = linear(still_h, w, out_axes).astype(jnp.float32)
+    logits = checkpoint_name(linear(still_h, w, LOGITS).astype(jnp.float32), "logits")
     total = jax.nn.logsumexp(logits, axis=-1)
     hit = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2) == targets[..., None]
     log_probs = jnp.where(hit, logits, 0.0).sum(axis=-1) - total
 
     error = jax.lax.stop_gradient(hit - jnp.exp(logits - total[..., None])).astype(h.dtype)
-    toward = jax.vjp(lambda h: linear(h, still_w, out_axes), still_h)[1](error)[0]
+    toward = jax.vjp(lambda h: linear(h, still_w, LOGITS), still_h)[1](error)[0]
     toward = checkpoint_name(toward, "toward").astype(jnp.float32)
     log_probs += ((h - still_h).astype(jnp.float32) * toward).sum(axis=-1)
 
-    total_of_h = jax.nn.logsumexp(linear(h, still_w, out_axes).astype(jnp.float32), axis=-1)
+    total_of_h = jax.nn.logsumexp(linear(h, still_w, LOGITS).astype(jnp.float32), axis=-1)
     return log_probs, total + (total_of_h - jax.lax.stop_gradient(total_of_h))
 
 
-def _again(piece: Callable, *, in_scan: bool) -> Callable:
-    """Keeps the gradient towards h for the backward pass, and nothing of the logits."""
-    policy = jax.checkpoint_policies.save_only_these_names("toward")
+def _again(piece: Callable, names: Sequence[str], *, in_scan: bool) -> Callable:
+    """Keeps what is named for the backward pass: the gradient towards h, and logits or nothing of them."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(piece, prevent_cse=not in_scan, policy=policy)  # a scan by itself keeps both passes apart

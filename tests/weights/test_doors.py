@@ -1,5 +1,7 @@
 """The doors against numpy in float64, on one device and on eight."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,22 @@ def test_head_loss_of_every_kind_of_head(mesh, chunk):
         onehot = np.eye(32)[targets]
         probabilities = np.exp(logits - expected[..., None])
         np.testing.assert_allclose(gradient, (onehot - probabilities) @ dense.T, atol=1e-4, err_msg=kind)
+
+
+@pytest.mark.parametrize(("kept", "products"), [(0, 4), (2**28, 3)])
+def test_a_heads_gradient_is_the_same_whether_logits_are_kept_or_formed_again(monkeypatch, kept, products):
+    """Logits, the gradient towards hidden, that of the head: three products, and a fourth where logits are not kept."""
+    monkeypatch.setattr(importlib.import_module("llmtune.weights.head_loss"), "KEPT", kept)
+    hidden, head = random(8, 11, 16), random(16, 32, seed=1)
+    targets = np.random.default_rng(0).integers(0, 32, (8, 11)).astype(np.int32)
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+        loss = jax.value_and_grad(lambda w, h: head_loss(h, w, jnp.asarray(targets), chunk=4)[0].sum(), argnums=(0, 1))
+        compiled = jax.jit(loss).lower(head, hidden).compile()
+        _, (found, _) = compiled(head, hidden)
+        assert compiled.as_text().count(" dot(") == products
+    logits = hidden.astype(np.float64) @ head
+    error = np.eye(32)[targets] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, np.einsum("bse,bsv->ev", hidden, error), atol=1e-4)
 
 
 def test_head_loss_never_holds_the_logits_of_whole_rows(mesh):

@@ -1,7 +1,10 @@
 """Two programs measured in turn, in one run: each in its own process, both ready before either is timed.
 
-    parent: "go"  ->  llmtune works, the peer sleeps  ->  seconds
-    parent: "go"  ->  the peer works, llmtune sleeps  ->  seconds        = one pair; the ratio of a run is the median of pairs
+    parent: "go"  ->  llmtune works twice, the peer sleeps  ->  seconds of the second time
+    parent: "go"  ->  the peer works twice, llmtune sleeps  ->  seconds of the second time
+
+That is a pair; the ratio of a run is the median of its pairs. What is asked is the speed of work that goes on. On a virtual machine the first work after a pause of seconds is up to a fifth
+slower, for whichever side: caches are cold, and the host has given its memory and clock to others.
 
 On a noisy machine absolute figures drift from minute to minute; the two halves of a pair stand seconds apart, so their
 ratio holds still. Which side goes first alternates.
@@ -50,6 +53,7 @@ def serve(prepare: Prepare) -> None:
     facts, work = prepare(settings)
     _say(facts)
     for _ in sys.stdin:
+        work()
         seconds = work()
         _say({"seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 

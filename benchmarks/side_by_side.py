@@ -3,8 +3,9 @@
     parent: "go"  ->  llmtune works twice, the peer sleeps  ->  seconds of the second time
     parent: "go"  ->  the peer works twice, llmtune sleeps  ->  seconds of the second time
 
-That is a pair; the ratio of a run is the median of its pairs. What is asked is the speed of work that goes on. On a virtual machine the first work after a pause of seconds is up to a fifth
-slower, for whichever side: caches are cold, and the host has given its memory and clock to others.
+That is a pair; the ratio of a run is the median of its pairs. What is asked is the speed of work that goes on: on a virtual
+machine the first work after a pause of seconds is up to a fifth slower, caches being cold, and the host's memory and clock
+with others.
 
 On a noisy machine absolute figures drift from minute to minute; the two halves of a pair stand seconds apart, so their
 ratio holds still. Which side goes first alternates.

@@ -79,14 +79,14 @@ def step_costs(
     tokens, model, again, moved = rows * length, 0.0, 0.0, 0.0
     for own in products(config, trainable, frozen):
         passes = 3 if own.trains else 2
-        repeated = remat in FORWARD_AGAIN if own.in_block else own.trains
+        repeated = FORWARD_AGAIN[remat] if own.in_block else own.trains
         repeated = repeated and not own.path.endswith("down/kernel")  # what a block returns is not needed to go back
         model += 2 * own.size * passes
         again += 2 * own.size * repeated
         moved += (own.n_in + own.n_out) * own.uses * itemsize * (passes + repeated)
     attention = attention_flops(config, length)
     model += 3 * attention
-    again += attention * (SCORES_AGAIN + (remat in ATTENTION_AGAIN))
+    again += attention * (SCORES_AGAIN + ATTENTION_AGAIN[remat])
     hidden = (
         8 * config.hidden_size * config.num_hidden_layers * itemsize
     )  # norms and residuals, read and written, both ways

@@ -101,7 +101,7 @@ def attempt(work: Callable[[], Result]) -> Result | LlmtuneError:
     except LlmtuneError as error:
         return error
     except OSError as error:
-        return LlmtuneDataError(f"{error.filename}: cannot be read ({error.strerror or error})")
+        return LlmtuneDataError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def require_same_files(own: Sequence[tuple[str, int]] | LlmtuneError, peers: Peers, named: str) -> None:

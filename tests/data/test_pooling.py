@@ -152,7 +152,7 @@ def test_processes_that_see_other_files_are_told(loader, tmp_path, monkeypatch):
     for seen, said in (
         ([names[0], short], "process 1 sees b.jsonl with 450 bytes where another sees b.jsonl with 600"),
         (names[:1], "process 1 sees 1 files where another sees 2"),
-        ([names[0], tmp_path / "gone.jsonl"], "gone.jsonl: cannot be read (No such file or directory)"),
+        ([names[0], tmp_path / "gone.jsonl"], "gone.jsonl: No such file or directory"),
     ):
 
         def listed(path, seen=seen):

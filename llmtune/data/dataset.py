@@ -10,7 +10,7 @@ from llmtune.data.example import IGNORED, Example
 from llmtune.data.mixture import Mixture
 from llmtune.errors import LlmtuneDataError
 
-NOTHING = np.zeros(0, np.int32)
+NOTHING = np.zeros(0, np.int32)  # what a share of rows begins with, which may hold no example
 
 
 @dataclass
@@ -96,14 +96,14 @@ def require_examples(dataset: Dataset, sequence_length: int, name: str) -> Datas
 
 
 def join(datasets: Sequence[Dataset], mixture: Mixture | None) -> Dataset:
-    """Sources one after the other, with the sums of their counts."""
+    """Sources one after the other, which are known apart."""
     if len(datasets) == 1 and mixture is None:
         return datasets[0]
     return replace(concatenate(datasets), mixture=mixture, sizes=tuple(map(len, datasets)))
 
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
-    """Parts of one source, one after the other."""
+    """Parts one after the other, with the sums of their counts."""
     counts = Counts(*(sum(getattr(own.counts, entry.name) for own in parts) for entry in fields(Counts)))
     offsets = np.cumsum([0, *itertools.chain.from_iterable(own.lengths.tolist() for own in parts)])
     ids, labels = (np.concatenate([getattr(own, name) for own in parts]) for name in ("input_ids", "labels"))

@@ -120,12 +120,10 @@ def require_same_files(own: Sequence[tuple[str, int]] | LlmtuneError, peers: Pee
 
 def pool(own: Found | LlmtuneError, peers: Peers, paths: Sequence[Path]) -> Found:
     """All shares as one, as if one process had read them. What ended the reading of any process is raised in all."""
-    if peers.count == 1:
-        if isinstance(own, LlmtuneError):
-            raise own
-        return own
     told = _tell(own if isinstance(own, LlmtuneError) else _account(own), peers)
-    assert isinstance(own, Found)
+    assert isinstance(own, Found)  # else it was raised
+    if peers.count == 1:
+        return own
     dataset = own.dataset
     flat = np.concatenate([dataset.lengths.astype(np.int32), dataset.input_ids, dataset.labels])
     parts = [_dataset(values, Counts(**said["counts"])) for values, said in zip(peers.gather(flat), told, strict=True)]

@@ -32,7 +32,7 @@ from llmtune.training.facts import Session, run_facts, session_facts
 from llmtune.training.figures import require_figure
 from llmtune.training.merging import merge_base, report_merge
 from llmtune.training.meter import Meter
-from llmtune.training.processes import Peers, highest, is_first, wait_for_all
+from llmtune.training.processes import AllProcesses, highest, is_first, wait_for_all
 from llmtune.training.program import Program, build_program, row_multiple
 from llmtune.training.run_directory import RunDirectory, claim
 from llmtune.training.state import TrainState
@@ -68,7 +68,7 @@ def train(
         mesh, strategy = choose_layout(run.sharding, declared, devices)
         row_multiple(run, mesh, strategy)  # refuses a layout before anything is read
         display.phase("tokenising", total=None)
-        data = load_data(run, source.config, source.tokenizer_directory, display.advance, Peers())
+        data = load_data(run, source.config, source.tokenizer_directory, display.advance, AllProcesses())
         steps = data.steps(run)
         earlier = find_earlier(run, source.digest)
         directory = claim(run, data.digest, source.digest)

@@ -48,8 +48,8 @@ def first_told(text: str | None) -> str | None:
 
 
 @final
-class Peers:
-    """All processes of the run, who read the data together (llmtune.data.pooling.Peers)."""
+class AllProcesses:
+    """Those of the run, who read the data together: `Peers` of llmtune.data.pooling."""
 
     @property
     def index(self) -> int:

@@ -11,7 +11,7 @@ from llmtune.training import processes
 
 index = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, index, cluster_detection_method="deactivate")
-peers = processes.Peers()
+peers = processes.AllProcesses()
 assert (peers.index, peers.count) == (index, 2)
 
 

@@ -23,7 +23,7 @@ from checkpoints_convert.hf_architectures import (
     text_part,
     windows_to_hf,
 )
-from checkpoints_convert.hf_fields import flag, number, positive, short, token, wrong
+from checkpoints_convert.hf_fields import flag, number, positive, share, short, token, wrong
 from checkpoints_convert.hf_rope import parse_rope, rope_to_hf
 from checkpoints_convert.safetensors_reader import read_json
 from llmtune.errors import LlmtuneFormatError
@@ -35,7 +35,8 @@ READ = {
     "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling",
     "rope_parameters", "tie_word_embeddings", "max_position_embeddings", "initializer_range", "bos_token_id",
-    "eos_token_id", "pad_token_id", "hidden_act", "sliding_window", "layer_types", "attention_bias", "mlp_bias",
+    "eos_token_id", "pad_token_id", "hidden_act", "sliding_window", "layer_types", "attention_bias", "attention_dropout",
+    "mlp_bias",
     "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef", "torch_dtype", "dtype",
     "original_max_position_embeddings",
 }  # fmt: skip
@@ -59,7 +60,7 @@ SUPPORTED = {  # each of these changes the mathematics; the one value that is im
     "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False, None), "pruned_heads": ({}, None),
     "qk_norm": (False, None), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
     "quantization_config": (None,), "auto_map": (None,), "use_qk_norm": (False, None), "num_experts": (None,),
-    "router_jitter_noise": (0.0, 0, None), "attention_dropout": (0.0, 0, None), "hidden_dropout": (0.0, 0, None),
+    "router_jitter_noise": (0.0, 0, None), "hidden_dropout": (0.0, 0, None),
     "mup_enabled": (False, None),
 }  # fmt: skip
 
@@ -110,6 +111,7 @@ def _parse_text(config: Mapping[str, Any], generation: Mapping[str, Any] | None,
         rms_norm_eps=number(config, "rms_norm_eps", where, own.eps),
         rope=parse_rope(config, where, own.theta, own.scales_queries),
         tie_word_embeddings=flag(config, "tie_word_embeddings", where),
+        attention_dropout=share(config, "attention_dropout", where),
         attention_bias=own.biases and flag(config, "attention_bias", where),
         mlp_bias=own.biases and flag(config, "mlp_bias", where),
         windows=parse_windows(config, own, layers, where),
@@ -142,6 +144,7 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **rope_to_hf(config.rope),
         "tie_word_embeddings": config.tie_word_embeddings,
         **({"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias} if own.biases else {}),
+        **({"attention_dropout": config.attention_dropout} if config.attention_dropout else {}),
         **windows_to_hf(config.windows, own, config.num_hidden_layers),
         **experts_to_hf(config.experts),
         "max_position_embeddings": config.max_position_embeddings,

@@ -35,6 +35,15 @@ def coefficient(config: Mapping[str, Any], name: str, where: str, default: float
     return 0.0 if value == 0 and not isinstance(value, bool) else number(config, name, where, default)
 
 
+def share(config: Mapping[str, Any], name: str, where: str) -> float:
+    """A number in [0, 1); absent and null are 0."""
+    value = config.get(name)
+    value = 0.0 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise wrong(where, name, value, "a number from 0 on that is less than 1")
+    return float(value)
+
+
 def flag(config: Mapping[str, Any], name: str, where: str, default: bool = False, prefix: str = "") -> bool:
     """True or false; absent is the default."""
     value = config.get(name, default)

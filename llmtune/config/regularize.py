@@ -12,6 +12,9 @@ from llmtune.config.optimizers import Require
 class Regularize:
     """What is added to the loss, or to what the model reads, while it trains."""
 
+    attention_dropout: float | None = key(
+        "share of attention's weights that each step leaves out; null: the model's own, from its config.json", None
+    )
     neftune: float | None = key("size of the uniform noise on embeddings (NEFTune's alpha, about 5); null: none", None)
     label_smoothing: float = key("share of a target's weight that is spread over the whole vocabulary", 0.0)
     z_loss: float = key("times the squared log-sum-exp of the logits; 1e-4 keeps them from drifting", 0.0)
@@ -45,6 +48,8 @@ def check_regularize(
     for name in ("z_loss", "l2_start", "kl_start"):
         value = getattr(regularize, name)
         require(0 <= value < math.inf, f"regularize.{name}", f"{value} must be 0 or more")
+    dropout = regularize.attention_dropout
+    require(dropout is None or 0 <= dropout < 1, "regularize.attention_dropout", f"{dropout} must lie in [0, 1)")
     smoothing, noise = regularize.label_smoothing, regularize.neftune
     require(0 <= smoothing < 1, "regularize.label_smoothing", f"{smoothing} must lie in [0, 1)")
     require(noise is None or 0 < noise < math.inf, "regularize.neftune", f"{noise} must be positive, or null for none")

@@ -9,6 +9,8 @@
 The first line that can serve does; each back end says itself what it can serve (its `serves`), and none is ever asked for
 another mask. All of them skip what causality and the window hide, rather than mask it; none holds a row's [seq, seq].
 
+With dropout the last two serve, on every platform (`attention_dropout.py`).
+
 Under a mesh the kernel runs inside `shard_map` with the layouts that its operands are typed with, so its body sees plain
 arrays: batch and heads may be spread over devices, and the sequence too (`context_attention.py`).
 """
@@ -18,8 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
 from llmtune.kernels import cudnn, splash
+from llmtune.kernels.attention_dropout import AttentionDropout, Dropped, words_of
 from llmtune.kernels.blocked_attention import blocked_attention
 from llmtune.kernels.context_attention import with_keys_on_the_left
 from llmtune.kernels.masks import Mask
@@ -31,40 +35,69 @@ SHORT_ROW = 2048  # tokens up to which a strip's whole softmax is held
 
 @dataclass(frozen=True)
 class BackEnd:
-    """`attend(q, k, v, segments, *, mask, scale)` on plain arrays; `platform` None: all of them."""
+    """`attend(q, k, v, segments, *, mask, scale)` on plain arrays, and `dropped=` if it `drops`; `platform` None: all."""
 
     name: str
     platform: str | None
     serves: Callable[[Mask, jax.Array], bool]
     attend: Callable[..., jax.Array]
+    drops: bool
 
 
 BACK_ENDS = (
-    BackEnd("splash", "tpu", splash.serves, splash.splash_attention),
-    BackEnd("cudnn", "nvidia", cudnn.serves, cudnn.cudnn_attention),
-    BackEnd("strips", None, lambda mask, q: q.shape[1] <= SHORT_ROW, strip_attention),
-    BackEnd("blocks", None, lambda mask, q: True, blocked_attention),
+    BackEnd("splash", "tpu", splash.serves, splash.splash_attention, drops=False),
+    BackEnd("cudnn", "nvidia", cudnn.serves, cudnn.cudnn_attention, drops=False),
+    BackEnd("strips", None, lambda mask, q: q.shape[1] <= SHORT_ROW, strip_attention, drops=True),
+    BackEnd("blocks", None, lambda mask, q: True, blocked_attention, drops=True),
 )
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Mask, segments: jax.Array, scale: float) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask,
+    segments: jax.Array,
+    scale: float,
+    dropout: AttentionDropout | None = None,
+) -> jax.Array:
     """Softmax(scale * q k^T) v over what the mask leaves visible, each row within itself.
 
     q [batch, seq, heads, size]; k and v [batch, seq, kv_heads, size], heads a multiple of kv_heads; segment ids int32
-    [batch, seq]. Scores and softmax in float32, the result in q's dtype. A token of segment 0 gets zeros.
+    [batch, seq]. Scores and softmax in float32, the result in q's dtype. A token of segment 0 gets zeros. `dropout`: that of
+    this layer in this step.
     """
     axis = layout(q)[1]
+    asked = mask if axis is None else replace(mask, packed=True, before=1)
+    attend = back_end(platform(), asked, q, drops=dropout is not None).attend
     if axis is not None:
-        choice = back_end(platform(), replace(mask, packed=True, before=1), q)
-        kernel = functools.partial(with_keys_on_the_left, choice.attend, axis, mask, scale=scale)
-        return on_each_device(kernel, q, k, v, segments)
-    attend = back_end(platform(), mask, q).attend
-    return on_each_device(functools.partial(attend, mask=mask, scale=scale), q, k, v, segments)
+        attend = functools.partial(with_keys_on_the_left, attend, axis)
+    attend = functools.partial(attend, mask=mask, scale=scale)
+    if dropout is None:
+        return on_each_device(attend, q, k, v, segments)
+    heads, rate = q.shape[2], dropout.rate
+
+    def dropping(q, k, v, segments, places, words):
+        first = 0 if axis is None else jax.lax.axis_index(axis) * q.shape[1]
+        return attend(q, k, v, segments, dropped=Dropped(words_of(places, words, heads), first, rate))
+
+    return on_each_device(dropping, q, k, v, segments, rows_and_heads(q), dropout.words)
 
 
-def back_end(on: str, mask: Mask, q: jax.Array) -> BackEnd:
-    """The first back end of that platform that can serve a mask and queries of this shape and dtype."""
-    return next(b for b in BACK_ENDS if b.platform in (None, on) and b.serves(mask, q))
+def back_end(on: str, mask: Mask, q: jax.Array, *, drops: bool = False) -> BackEnd:
+    """The first back end of that platform that can serve a mask and queries of this shape and dtype, and drop if asked to."""
+    return next(b for b in BACK_ENDS if b.platform in (None, on) and b.drops >= drops and b.serves(mask, q))
+
+
+def rows_and_heads(q: jax.Array) -> jax.Array:
+    """uint32 [batch, heads], `row * heads + head` of the whole batch and model, laid out like q."""
+    batch, _, heads, _ = q.shape
+    rows, _, columns, _ = layout(q)
+    unmeshed = jax.sharding.get_abstract_mesh().empty
+    out = None if unmeshed else jax.sharding.PartitionSpec(rows, columns)
+    row, head = (jax.lax.broadcasted_iota(jnp.uint32, (batch, heads), n, out_sharding=out) for n in (0, 1))
+    return row * jnp.uint32(heads) + head
 
 
 def on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ The last device does the most visible work, and sets the pace under a causal mas
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +32,19 @@ def reach(mask: Mask, own: int, devices: int) -> int:
 
 
 def with_keys_on_the_left(
-    attend: Callable[..., jax.Array], axis: str, mask: Mask, *operands: jax.Array, scale: float
+    attend: Callable[..., jax.Array], axis: str, q: jax.Array, *passed: jax.Array, mask: Mask, **asked: Any
 ) -> jax.Array:
-    """What one device does: `attend(q, k, v, segments, mask=, scale=)` with the keys of those on its left before its own."""
-    q, *passed = operands
+    """What one device does: `attend(q, k, v, segments, mask=, ...)` with the keys of those on its left before its own.
+
+    `passed`: k, v and segment ids, which go round.
+    """
     devices, own = jax.lax.axis_size(axis), q.shape[1]
     steps = reach(mask, own, devices)
     ring = [(n, (n + 1) % devices) for n in range(devices)]
     parts = [passed]
     for step in range(1, steps + 1):
-        passed = [jax.lax.ppermute(x, axis, ring) for x in passed]
+        passed = tuple(jax.lax.ppermute(x, axis, ring) for x in passed)
         *keys, segments = passed
-        parts.append([*keys, jnp.where(jax.lax.axis_index(axis) >= step, segments, 0)])
+        parts.append((*keys, jnp.where(jax.lax.axis_index(axis) >= step, segments, 0)))
     k, v, segments = (jnp.concatenate(x, axis=1) for x in zip(*reversed(parts), strict=True))
-    return attend(q, k, v, segments, mask=replace(mask, before=steps * own), scale=scale)
+    return attend(q, k, v, segments, mask=replace(mask, before=steps * own), **asked)

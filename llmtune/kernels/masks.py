@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -61,3 +62,8 @@ def visible_blocks(mask: Mask, q_length: int, kv_length: int, block: int) -> np.
     if mask.window is not None:  # the nearest pair of indices is less than a window apart
         seen &= (at * block) - (j * block + block - 1) < mask.window
     return np.stack([i[seen], j[seen]], axis=1).astype(np.int32)
+
+
+def no_gradients(*integers: Any) -> tuple[Any, ...]:
+    """What stands for the gradients of integers: of segment ids, and of what says which weights are dropped."""
+    return jax.tree.map(lambda own: np.zeros(jnp.shape(own), jax.dtypes.float0), integers)

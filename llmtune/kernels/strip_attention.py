@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llmtune.kernels.masks import Mask, visible
+from llmtune.kernels.attention_dropout import Dropped, thinned
+from llmtune.kernels.masks import Mask, no_gradients, visible
 
 HIDDEN = -1e30
 STRIPS, NARROWEST = 8, 64  # at most so many strips, of at least so many queries
@@ -31,12 +31,14 @@ def strip_attention(
     *,
     mask: Mask,
     scale: float,
+    dropped: Dropped | None = None,
 ) -> jax.Array:
     """Q [batch, seq, heads, size], k and v [batch, before + seq, kv_heads, size] -> like q. Softmax in float32."""
     batch, seq, heads, size = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
-    out: Any = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, mask, scale)
+    dropped = None if dropped is None else dropped.grouped(kv_heads)
+    out: Any = _attend(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, dropped, mask, scale)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
 
 
@@ -50,12 +52,14 @@ def strips(mask: Mask, seq: int) -> Iterator[tuple[slice, slice]]:
 
 
 # q [batch, kv_heads, groups, seq, size], k and v [batch, kv_heads, seq, size]
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask, scale: float) -> jax.Array:
-    return _forward(q, k, v, segments, mask, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dropped: Dropped | None, mask: Mask, scale: float
+) -> jax.Array:
+    return _forward(q, k, v, segments, dropped, mask, scale)[0]
 
 
-def _forward(q, k, v, segments, mask, scale):
+def _forward(q, k, v, segments, dropped, mask, scale):
     outs, log_sums = [], []
     for rows, keys in strips(mask, q.shape[3]):
         scores = _scores(q, k, segments, rows, keys, mask, scale)
@@ -63,16 +67,17 @@ def _forward(q, k, v, segments, mask, scale):
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True)
         seen = total > 0
-        mixed = _dot("bkrt,bktd->bkrd", _flat(weights).astype(v.dtype), v[:, :, keys]).reshape(*peak.shape[:4], -1)
+        mixing = thinned(weights, dropped, *_places(rows, keys, mask))
+        mixed = _dot("bkrt,bktd->bkrd", _flat(mixing).astype(v.dtype), v[:, :, keys]).reshape(*peak.shape[:4], -1)
         outs.append((mixed / jnp.where(seen, total, 1.0)).astype(q.dtype))
         log_sums.append(jnp.where(seen, peak + jnp.log(total), 0.0)[..., 0])
     out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attention_log_sum")
-    return out, (q, k, v, segments, out, log_sum)
+    return out, (q, k, v, segments, dropped, out, log_sum)
 
 
 def _backward(mask, scale, saved, gradient):
-    q, k, v, segments, out, log_sum = saved
+    q, k, v, segments, dropped, out, log_sum = saved
     shared = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # sum over keys of p * dp, per query
     dq = []
     dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
@@ -80,16 +85,27 @@ def _backward(mask, scale, saved, gradient):
         scores = _scores(q, k, segments, rows, keys, mask, scale)
         above, queries = _flat(gradient[:, :, :, rows]), _flat(q[:, :, :, rows])
         weights = jnp.exp(scores - log_sum[:, :, :, rows, None])
-        dweights = _dot("bkrd,bktd->bkrt", above, v[:, :, keys]).reshape(scores.shape)
+        places = _places(rows, keys, mask)
+        dweights = thinned(_dot("bkrd,bktd->bkrt", above, v[:, :, keys]).reshape(scores.shape), dropped, *places)
         dscores = _flat(weights * (dweights - shared[:, :, :, rows, None]) * scale).astype(q.dtype)
         dq.append(_dot("bkrt,bktd->bkrd", dscores, k[:, :, keys]).reshape(*scores.shape[:4], -1))
         dk = dk.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", dscores, queries))
-        dv = dv.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", _flat(weights).astype(v.dtype), above))
-    none = np.zeros(segments.shape, jax.dtypes.float0)
-    return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), none
+        mixing = _flat(thinned(weights, dropped, *places)).astype(v.dtype)
+        dv = dv.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", mixing, above))
+    return (
+        jnp.concatenate(dq, axis=3).astype(q.dtype),
+        dk.astype(k.dtype),
+        dv.astype(v.dtype),
+        *no_gradients(segments, dropped),
+    )
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _places(rows: slice, keys: slice, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys of a strip, counted from the first query."""
+    return jnp.arange(rows.start, rows.stop), jnp.arange(keys.start, keys.stop) - mask.before
 
 
 def _scores(q, k, segments, rows: slice, keys: slice, mask: Mask, scale: float) -> jax.Array:

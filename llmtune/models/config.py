@@ -78,6 +78,7 @@ class Experts:
 class ModelConfig:
     """A decoder. Sizes are numbers of elements; `head_dim` need not be hidden_size / num_attention_heads.
 
+    `attention_dropout`: of the weights of attention while the model trains, unless the run says otherwise.
     `windows`: the sliding window of each layer (None: it sees the whole row) as the shortest pattern that repeats.
     """
 
@@ -93,6 +94,7 @@ class ModelConfig:
     rope: Rope = Rope()
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_dropout: float = 0.0
     mlp_bias: bool = False
     windows: tuple[int | None, ...] = (None,)
     experts: Experts | None = None

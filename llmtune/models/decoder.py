@@ -9,7 +9,7 @@
     layers/0/mlp/{gate,up,down}/kernel          [L, in, out]; of experts: mlp/router and mlp/experts, [L, E, in, out]
     norm/weight                        [hidden]
     head/kernel                        [hidden, vocab], or None where tied to embed/table
-    layers/0/attention/prefix, layers/0/mlp/adapter, prompt, head/score, head/value: slots, None while empty
+    layers/0/attention/prefix, layers/0/mlp/adapter, prompt, attention_dropout, head/score, head/value: slots, None while empty
 
 Modules hold `ArraySpec` declarations until the caller merges arrays, operators or tracers into the same structure, so
 building a decoder allocates nothing.
@@ -108,6 +108,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config)
         self.prompt: nnx.Param[Any] = nnx.Param(None)
+        self.attention_dropout: nnx.Param[Any] = nnx.Param(None)
         self.config = config
 
     def hidden(

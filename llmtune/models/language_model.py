@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmtune.kernels import Mask, attention
+from llmtune.kernels import AttentionDropout, Mask, attention
 from llmtune.models.attention import Attend, Layer
 from llmtune.models.decoder import Decoder, Params, Remat
 from llmtune.models.moe import routing_losses
@@ -57,7 +57,7 @@ class LanguageModel:
         virtual = decoder.virtual_tokens()
         if virtual:
             tokens, positions, segment_ids, counted = _with_room(virtual, tokens, positions, segment_ids, counted)
-        attend = attend_within_row(segment_ids, self.packed)
+        attend = attend_within_row(segment_ids, self.packed, decoder.attention_dropout.get_value())
         hidden, _, sums = decoder.hidden(tokens, positions, attend, counted=counted, dtype=self.dtype, remat=self.remat)
         hidden = hidden[:, virtual:] if virtual else hidden
         experts = decoder.config.experts
@@ -97,11 +97,12 @@ def _with_room(
     return jnp.pad(tokens, front), positions, segment_ids, jnp.pad(counted, front)
 
 
-def attend_within_row(segment_ids: jax.Array, packed: bool = True) -> Attend:
+def attend_within_row(segment_ids: jax.Array, packed: bool = True, dropout: AttentionDropout | None = None) -> Attend:
     """Causal attention over whole rows, each token within its own document and its layer's window."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, cache: Any) -> tuple[jax.Array, Any]:
         scale, mask = q.shape[-1] ** -0.5, Mask(causal=True, window=layer.window, packed=packed)
-        return attention(q, k, v, mask=mask, segments=segment_ids, scale=scale), cache
+        drops = None if dropout is None else dropout.of_layer(layer.slot, layer.index)
+        return attention(q, k, v, mask=mask, segments=segment_ids, scale=scale, dropout=drops), cache
 
     return attend

@@ -160,7 +160,7 @@ def assemble(
     train = run.train
     step = make_train_step(
         training, objective, optimizer, schedule, strategy, train.microbatches, train.seed, revisions,
-        choose_perturbation(run), run.regularize.l2_start, choose_update(run),
+        choose_perturbation(run, config), run.regularize.l2_start, choose_update(run),
     )  # fmt: skip
     program = Program(
         mesh,

@@ -17,6 +17,8 @@ import jax
 import optax
 
 from llmtune.config import Run
+from llmtune.kernels import drawn
+from llmtune.models.config import ModelConfig
 from llmtune.objectives.regularized import regularized_loss
 from llmtune.optimizers import evaluated_weights
 from llmtune.training.average import follow_average, remember_start
@@ -65,15 +67,18 @@ def choose_objective(run: Run, plain: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(regularized_loss, **terms) if any(terms.values()) else plain
 
 
-def choose_perturbation(run: Run) -> Callable[[Any, jax.Array], Any]:
-    """What becomes of the weights for a step: dropout where they have any, and noise on the embeddings."""
-    alpha = run.regularize.neftune
-    if alpha is None:
-        return with_dropout_keys
+def choose_perturbation(run: Run, config: ModelConfig) -> Callable[[Any, jax.Array], Any]:
+    """What becomes of the weights for a step: dropout of adapters and of attention, and noise on the embeddings."""
+    alpha, own = run.regularize.neftune, run.regularize.attention_dropout
+    rate = config.attention_dropout if own is None else own
 
     def perturb(params: Any, key: jax.Array) -> Any:
-        noise = jax.random.fold_in(key, 1)  # dropout folds in the paths of weights
-        return with_noise(with_dropout_keys(params, key), noise, alpha)
+        params = with_dropout_keys(params, key)  # which folds in the paths of weights
+        if alpha is not None:
+            params = with_noise(params, jax.random.fold_in(key, 1), alpha)
+        if rate:
+            params = {**params, "attention_dropout": drawn(jax.random.fold_in(key, 2), rate)}
+        return params
 
     return perturb
 

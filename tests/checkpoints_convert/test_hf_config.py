@@ -154,7 +154,8 @@ def test_the_two_spellings_of_rope_do_not_stand_side_by_side():
 
 WRITTEN = [
     {}, MISTRAL, {"rope_scaling": None, "tie_word_embeddings": True, "head_dim": 10}, MINISTRAL, MINISTRAL3, MIXTRAL,
-    {**MISTRAL, "sliding_window": 77}, {"attention_bias": True}, {"mlp_bias": True}, {"rope_scaling": YARN, "rope_theta": ...},
+    {**MISTRAL, "sliding_window": 77}, {"attention_bias": True}, {"mlp_bias": True}, {"attention_dropout": 0.25},
+    {"rope_scaling": YARN, "rope_theta": ...},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {**MINISTRAL, "num_hidden_layers": 3, "layer_types": [FULL] * 3},
 ]  # fmt: skip
 
@@ -191,7 +192,7 @@ REFUSED = {
     "hidden_size": 0, "num_hidden_layers": 2.0, "num_attention_heads": True, "num_key_value_heads": 4, "head_dim": 7,
     "rms_norm_eps": "1e-5", "rope_theta": 0, "tie_word_embeddings": "no", "model_type": "mistral",
     "eos_token_id": "</s>", "bos_token_id": 1.5, "max_position_embeddings": 0, "rope_scaling": [], "rope_parameters": "x",
-    "attention_dropout": 0.1, "hidden_dropout": 0.1, "mup_enabled": True, "torch_dtype": "int4", "dtype": ["float32"],
+    "attention_dropout": 1.0, "hidden_dropout": 0.1, "mup_enabled": True, "torch_dtype": "int4", "dtype": ["float32"],
     "architectures ": 1, "x" * 1000: 1, "a\nline": 1,
 }  # fmt: skip
 

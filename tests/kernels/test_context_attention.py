@@ -49,7 +49,7 @@ def test_four_devices_attend_like_one(form, window):
     mesh = make_mesh({"fsdp": 2, "context": 4})
     rows = PartitionSpec("fsdp", "context")
     heads = PartitionSpec("fsdp", "context", None, None)
-    kernel = functools.partial(with_keys_on_the_left, FORMS[form], "context", mask, scale=0.25)
+    kernel = functools.partial(with_keys_on_the_left, FORMS[form], "context", mask=mask, scale=0.25)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, heads)) for x in (*arrays, out)]
         ids = jax.device_put(segments, NamedSharding(mesh, rows))

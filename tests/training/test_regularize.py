@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from llmtune.sharding import REPLICATED, make_mesh
 from llmtune.training.early_stopping import Plateau
 from llmtune.weights import materialize
 from llmtune.weights.noisy import with_noise
-from tests.runs import run_config, write_rows
+from tests.runs import curve, run_config, write_rows
 
 CONFIG = ModelConfig("LlamaForCausalLM", 53, 16, 32, 2, 2, 1, 8, tie_word_embeddings=True)
 
@@ -126,11 +127,33 @@ def test_what_comes_now_and_then_is_waited_for():
         Plateau(EarlyStopping(metric="eval_los"), []).see({"step": 1, "loss": 2.0, "eval_loss": 2.0})
 
 
+def test_attention_dropout_is_the_run_s_or_else_the_model_s(stories, batches, tmp_path):
+    """One seed drops the same again; null takes the rate of config.json, 0 overrules it."""
+    data, dropping = write_rows(tmp_path / "rows.jsonl", *batches), tmp_path / "dropping"
+    shutil.copytree(stories, dropping)
+    config = json.loads((dropping / "config.json").read_text())
+    (dropping / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+
+    def rows(name, model, rate):
+        run = run_config(
+            tmp_path, model, data, name, train={"steps": 2, "batch_size": 4, "dtype": "float32"},
+            regularize={"attention_dropout": rate},
+        )  # fmt: skip
+        return curve(run)
+
+    plain, dropped = rows("plain", stories, None), rows("dropped", stories, 0.2)
+    assert rows("own", dropping, None) == dropped == rows("again", stories, 0.2)
+    assert rows("overruled", dropping, 0.0) == plain != dropped
+    exported = json.loads((tmp_path / "own/export/model/config.json").read_text())
+    assert exported["attention_dropout"] == 0.2
+
+
 def test_everything_at_once_trains_averages_and_stops_early(stories, batches, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", *batches)
     run = run_config(
         tmp_path, stories, data, adapt={"rank": 2}, train={"steps": 12, "batch_size": 4, "dtype": "float32"},
-        regularize={"neftune": 5.0, "label_smoothing": 0.1, "z_loss": 1e-4, "l2_start": 0.1, "kl_start": 0.5},
+        regularize={"attention_dropout": 0.1, "neftune": 5.0,
+                    "label_smoothing": 0.1, "z_loss": 1e-4, "l2_start": 0.1, "kl_start": 0.5},
         average={"decay": 0.5}, early_stopping={"metric": "loss", "mode": "max", "patience": 4, "min_delta": 100.0},
     )  # fmt: skip
     typo = dataclasses.replace(run, output=str(tmp_path / "typo"), checkpoint=Checkpoint(best=Best("los")))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llmtune import pretrained
 from llmtune.errors import LlmtuneConfigError
+from llmtune.freed_memory import give_back_freed_memory
 from llmtune.generation.engine import Engine
 from llmtune.generation.sampling import Sampling
 from llmtune.models.config import ModelConfig
@@ -163,6 +164,7 @@ def read(base: Base, *, adapters: Sequence[str | Path], dtype: str | None, strat
         check_fits(tokenizer, source.config, home)
     transform = chain(*(adapter.transform for adapter in loaded))
     params = build_params(source, declared, transform, mesh, table, dtype=dtype)
+    give_back_freed_memory()  # of what was read and converted
     compute = jnp.dtype(dtype) if dtype else params["embed"]["table"].dtype
     bind = functools.partial(LanguageModel, graphdef, dtype=compute)
     whole = tuple(dict.fromkeys(path for adapter in loaded for path in adapter.whole))

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmtune.errors import LlmtuneConfigError
+from llmtune.freed_memory import give_back_freed_memory
 from llmtune.generation.cache import Cache, attend_and_fill, attend_to_cache, empty_cache
 from llmtune.generation.layers import arrangement
 from llmtune.generation.sampling import Sampling, draw, greedy
@@ -63,6 +64,21 @@ class Engine:
     ) -> list[list[int]]:
         """Completions without the eos that ended them. `finished(completion)` may end a row early (stop strings)."""
         _check(prompts, self.config.vocab_size, max_new_tokens)
+        out = self._completions(params, prompts, max_new_tokens, sampling, eos_ids, seed, finished)
+        if self.mesh.devices.flat[0].platform == "cpu":
+            give_back_freed_memory()  # of the cache, and of compiling
+        return out
+
+    def _completions(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        seed: int,
+        finished: Callable[[list[int]], bool],
+    ) -> list[list[int]]:
         virtual = self.bind(params).decoder().virtual_tokens()
         rows = _left_padded(prompts, multiple=axis_size(self.mesh, self.strategy.spec("batch")[0]), virtual=virtual)
         length = rows.tokens.shape[1] + _round_up(max_new_tokens, SLICE)
@@ -116,7 +132,7 @@ def _compiled(
     arrangement: Callable,
 ) -> tuple[Callable, Callable]:
     """Prefill and decode of one setting; kept, so that a second call of the same shape compiles nothing."""
-    bind_arranged, arrange = arrangement(bind, config)
+    arranged = arrangement(bind, config)
     select = greedy if sampling.temperature == 0.0 else draw
 
     def choose(model: LanguageModel, hidden: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
@@ -145,7 +161,7 @@ def _compiled(
             return Decoding(index, last, alive == 0, grown, following, keys, cache)
 
     def one(params: Any, state: Decoding) -> Decoding:
-        model = bind_arranged(params)
+        model = arranged.bind(params)
         attend = attend_to_cache(state.segment_ids, state.index)
         hidden, cache, _ = model.decoder().hidden(
             state.last[:, None], state.positions[:, None], attend, cache=state.cache, dtype=model.dtype
@@ -176,8 +192,7 @@ def _compiled(
     def begin(params: Any, *rows: jax.Array) -> tuple[Any, Decoding]:
         """Weights as decoding reads them, and its first state."""
         state = read_prompts(params, *rows)
-        weights, cache = arrange(params, state.cache)
-        return weights, replace(state, cache=cache)
+        return arranged.weights(params), replace(state, cache=arranged.cache(state.cache))
 
     return begin, jax.jit(decode, donate_argnums=1)
 

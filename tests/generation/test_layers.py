@@ -1,0 +1,62 @@
+"""The copy of the weights that decoding on a CPU reads: made once, never stale, gone with the weights."""
+
+import dataclasses
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import llmtune
+from llmtune.freed_memory import give_back_freed_memory
+from llmtune.generation import layers
+from llmtune.training.meter import memory_in_use
+from tests.parity.reference import save_model
+
+PROMPTS = [[1, 17, 29, 5], [1, 44]]
+
+
+def test_other_weights_are_decoded_with_and_none_outlive_their_model(tmp_path):
+    save_model("gqa untied", tmp_path)
+    model = llmtune.load(tmp_path)
+    other = dataclasses.replace(model, params=jax.tree.map(lambda own: own[..., ::-1] * 0.7, model.params))
+    generate = lambda own: own.generate(PROMPTS, max_new_tokens=40)  # noqa: E731
+    first, second = generate(model), generate(other)
+    kept = layers._layers_apart_once.kept
+    assert first != second and kept is not None
+    assert generate(other) == second and layers._layers_apart_once.kept is kept
+    assert generate(model) == first == generate(llmtune.load(tmp_path))
+    layers._layers_apart_once.kept = None
+    assert generate(other) == second
+    watched = weakref.ref(jax.tree.leaves(generate_last(model))[0])
+    del model, other, kept
+    gc.collect()
+    assert watched() is None and layers._layers_apart_once.kept is None
+
+
+def generate_last(model):
+    """The copy, made of this model."""
+    model.generate(PROMPTS, max_new_tokens=2)
+    kept = layers._layers_apart_once.kept
+    assert kept is not None
+    return kept[2]
+
+
+def test_it_is_made_anew_where_one_array_alone_is_another():
+    made = []
+    once = layers._Once(lambda tree: made.append(tree) or len(made))
+    one, two = {"a": jnp.ones(3), "b": jnp.ones(2)}, {"b": jnp.ones(2)}
+    assert [once(one), once(one), once({**one}), once({**one, **two}), once(one)] == [1, 1, 1, 2, 3]
+
+
+def test_what_was_freed_goes_back_to_the_system():
+    """Buffers of 100 KB, which malloc keeps, and a last one that stands in the way of its giving back their end."""
+    start = jnp.asarray(np.zeros(25_000, np.float32))
+    before = memory_in_use()["host_bytes"]
+    held = [start + n for n in range(2000)]
+    jax.block_until_ready(held)
+    full = memory_in_use()["host_bytes"]
+    del held[:-1]
+    give_back_freed_memory()
+    assert full - before > 150e6 and memory_in_use()["host_bytes"] - before < 60e6

@@ -15,6 +15,7 @@ from llmtune.data import RunData
 from llmtune.evaluation.perplexity import HeldOut
 from llmtune.training.display import Display
 from llmtune.training.program import Program
+from llmtune.training.revisions import attention_dropout
 from llmtune.training.run_directory import RunDirectory
 from llmtune.training.state import TrainState
 from llmtune.training.vocabulary import Vocabulary, describe_vocabulary
@@ -56,6 +57,11 @@ def describe(
         display.note(note)
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     display.note(f"devices: {mesh.size} {mesh.devices.flat[0].platform} ({shape}), strategy {program.strategy.name}")
+    rate, chip = attention_dropout(run, config), mesh.devices.flat[0].platform
+    if rate:
+        whose = "attention_dropout of its config.json" if run.regularize.attention_dropout is None else "as configured"
+        slower = "" if chip == "cpu" else "; attention takes the reference, as fused kernels drop nothing"
+        display.note(f"note: each step leaves out {rate:.3g} of attention's weights ({whose}){slower}")
     steps, warmup = data.steps(run), run.optimizer.warmup_steps
     if warmup >= steps:
         display.note(

@@ -67,10 +67,15 @@ def choose_objective(run: Run, plain: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(regularized_loss, **terms) if any(terms.values()) else plain
 
 
+def attention_dropout(run: Run, config: ModelConfig) -> float:
+    """The rate of a run: its own, or else that of the model's config.json."""
+    own = run.regularize.attention_dropout
+    return config.attention_dropout if own is None else own
+
+
 def choose_perturbation(run: Run, config: ModelConfig) -> Callable[[Any, jax.Array], Any]:
     """What becomes of the weights for a step: dropout of adapters and of attention, and noise on the embeddings."""
-    alpha, own = run.regularize.neftune, run.regularize.attention_dropout
-    rate = config.attention_dropout if own is None else own
+    alpha, rate = run.regularize.neftune, attention_dropout(run, config)
 
     def perturb(params: Any, key: jax.Array) -> Any:
         params = with_dropout_keys(params, key)  # which folds in the paths of weights

@@ -127,7 +127,7 @@ def test_what_comes_now_and_then_is_waited_for():
         Plateau(EarlyStopping(metric="eval_los"), []).see({"step": 1, "loss": 2.0, "eval_loss": 2.0})
 
 
-def test_attention_dropout_is_the_run_s_or_else_the_model_s(stories, batches, tmp_path):
+def test_attention_dropout_is_the_run_s_or_else_the_model_s(stories, batches, tmp_path, capsys):
     """One seed drops the same again; null takes the rate of config.json, 0 overrules it."""
     data, dropping = write_rows(tmp_path / "rows.jsonl", *batches), tmp_path / "dropping"
     shutil.copytree(stories, dropping)
@@ -139,10 +139,12 @@ def test_attention_dropout_is_the_run_s_or_else_the_model_s(stories, batches, tm
             tmp_path, model, data, name, train={"steps": 2, "batch_size": 4, "dtype": "float32"},
             regularize={"attention_dropout": rate},
         )  # fmt: skip
-        return curve(run)
+        return np.asarray(curve(run)).tolist()
 
     plain, dropped = rows("plain", stories, None), rows("dropped", stories, 0.2)
+    assert "leaves out 0.2 of attention's weights (as configured)" in capsys.readouterr().out
     assert rows("own", dropping, None) == dropped == rows("again", stories, 0.2)
+    assert "(attention_dropout of its config.json)" in capsys.readouterr().out
     assert rows("overruled", dropping, 0.0) == plain != dropped
     exported = json.loads((tmp_path / "own/export/model/config.json").read_text())
     assert exported["attention_dropout"] == 0.2

@@ -4,7 +4,7 @@
 
 Wire bytes are those of a ring of g devices, per device: an all-gather, reduce-scatter or all-to-all of n bytes sends
 n (g - 1) / g, an all-reduce twice that, a permutation n. One exchange that the compiler spreads over several fusions (start,
-steps, done: all with one channel) counts once.
+steps, done: all with one channel) counts once, as often as it is started: its steps may run in a loop in between.
 """
 
 import math
@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from llmtune.planning.hlo import Computation, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 SHARED_CHANNEL = "1"  # that of all collectives inside of a `shard_map`
+STARTS = 'custom_call_target="AsyncCollectiveStart"'
 SCATTERING = "all-reduce-scatter"  # computations of that name (SingleInputAllReduceScatterFusion)
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "s8": 8, "u8": 8}
 ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -45,7 +47,7 @@ class Collective:
 
 def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
     """All of a program for a mesh of these axes, the largest on the wire first."""
-    runs, once = module.runs(), {}
+    runs, by_channel = module.runs(), defaultdict[str, list[_Part]](list)
     for name, computation in module.computations.items():
         for instruction in computation.values() if name in runs else ():
             kind = _kind(instruction.opcode, name)
@@ -53,11 +55,10 @@ def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> li
                 channel = instruction.attribute("channel_id")
                 if channel in (None, SHARED_CHANNEL):
                     channel = f"{name}/{instruction.name}"
-                times, found = runs[name], once.get(channel)
-                if found is None or found[0] < times:
-                    once[channel] = times, kind, instruction, computation
+                by_channel[channel].append(_Part(runs[name], kind, instruction, computation))
     sums: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for times, kind, instruction, computation in once.values():
+    for parts in by_channel.values():
+        times, kind, instruction, computation = _exchange(parts)
         group = _group(instruction, math.prod(sizes))
         ways = 2 if kind == "collective-permute" else len(group)
         payload = _payload(kind, instruction, ways, computation)
@@ -67,6 +68,28 @@ def collectives(module: Module, axes: Sequence[str], sizes: Sequence[int]) -> li
         own[2] += times * wire_bytes(kind, payload, ways)
     rows = [Collective(*key, *values) for key, values in sums.items()]
     return sorted((row for row in rows if row.ways > 1), key=lambda row: -row.wire)
+
+
+class _Part(NamedTuple):
+    """An instruction of an exchange, whose computation runs so many times."""
+
+    times: int
+    kind: str
+    instruction: Instruction
+    beside: Computation
+
+    @property
+    def starts(self) -> bool:
+        """Whether it is the start of an exchange that goes on in other computations."""
+        return any(STARTS in own.rest for own in self.beside.values())
+
+
+def _exchange(parts: Sequence[_Part]) -> _Part:
+    """The exchange that instructions of one channel make up, and how often there is one."""
+    starts = [part for part in parts if part.starts]
+    if starts:
+        return starts[0]._replace(times=sum(part.times for part in starts))
+    return max(parts, key=lambda part: part.times)
 
 
 def wire_bytes(kind: str, payload: int, ways: int) -> int:

@@ -61,6 +61,81 @@ def test_text_by_hand():
     assert (found["collective-permute"].wire, found["collective-permute"].axes) == (16, "tensor")
 
 
+SPREAD = """
+HloModule jit_step, is_scheduled=true
+
+%begin (w: bf16[8,16]) -> (bf16[8,16], bf16[32,16]) {
+  %w = bf16[8,16] parameter(0)
+  %all-gather.1 = bf16[32,16] all-gather(%w), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  ROOT %begun = (bf16[8,16], bf16[32,16]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%advance (w: bf16[8,16], x: f32[8,16]) -> f32[8,16] {
+  %w = bf16[8,16] parameter(0)
+  %all-gather.2 = bf16[32,16] all-gather(%w), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  %x = f32[8,16] parameter(1)
+  ROOT %more = f32[8,16] add(%x, %x)
+}
+
+%inner (p: (s32[], bf16[8,16], f32[8,16])) -> (s32[], bf16[8,16], f32[8,16]) {
+  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
+  %one = s32[] constant(1)
+  %i = s32[] get-tuple-element(%p), index=0
+  %next = s32[] add(%i, %one)
+  %w = bf16[8,16] get-tuple-element(%p), index=1
+  %x = f32[8,16] get-tuple-element(%p), index=2
+  %y = f32[8,16] fusion(%w, %x), kind=kOutput, calls=%advance
+  ROOT %out = (s32[], bf16[8,16], f32[8,16]) tuple(%next, %w, %y)
+}
+
+%inner_condition (p: (s32[], bf16[8,16], f32[8,16])) -> pred[] {
+  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = s32[] constant(100)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%layer (p: (s32[], bf16[8,16], f32[8,16])) -> (s32[], bf16[8,16], f32[8,16]) {
+  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
+  %one = s32[] constant(1)
+  %i = s32[] get-tuple-element(%p), index=0
+  %next = s32[] add(%i, %one)
+  %w = bf16[8,16] get-tuple-element(%p), index=1
+  %x = f32[8,16] get-tuple-element(%p), index=2
+  %started = (bf16[8,16], bf16[32,16]) fusion(%w), kind=kCustom, calls=%begin
+  %zero = s32[] constant(0)
+  %given = (s32[], bf16[8,16], f32[8,16]) tuple(%zero, %w, %x)
+  %loop = (s32[], bf16[8,16], f32[8,16]) while(%given), condition=%inner_condition, body=%inner
+  %y = f32[8,16] get-tuple-element(%loop), index=2
+  ROOT %out = (s32[], bf16[8,16], f32[8,16]) tuple(%next, %w, %y)
+}
+
+%layer_condition (p: (s32[], bf16[8,16], f32[8,16])) -> pred[] {
+  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (w: bf16[8,16], x: f32[8,16]) -> f32[8,16] {
+  %w = bf16[8,16] parameter(0)
+  %x = f32[8,16] parameter(1)
+  %zero = s32[] constant(0)
+  %given = (s32[], bf16[8,16], f32[8,16]) tuple(%zero, %w, %x)
+  %loop = (s32[], bf16[8,16], f32[8,16]) while(%given), condition=%layer_condition, body=%layer
+  ROOT %r = f32[8,16] get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_an_exchange_that_goes_on_in_a_loop_is_one():
+    """A layer's weights are gathered while the blocks of its attention are walked through: 3 layers, not 300 blocks."""
+    found = collectives(read(SPREAD), ("fsdp", "tensor"), (4, 2))
+    assert [(row.kind, row.axes, row.count, row.payload) for row in found] == [
+        ("all-gather", "fsdp", 3, 3 * 32 * 16 * 2)
+    ]
+
+
 def test_rings():
     assert wire_bytes("all-gather", 80, 8) == 70 and wire_bytes("all-reduce", 80, 8) == 140
     assert wire_bytes("collective-permute", 80, 2) == 80

@@ -21,6 +21,7 @@ from llmtune import pretrained
 from llmtune.errors import LlmtuneConfigError
 from llmtune.freed_memory import give_back_freed_memory
 from llmtune.generation.engine import Engine
+from llmtune.generation.layers import for_many_calls
 from llmtune.generation.sampling import Sampling
 from llmtune.models.config import ModelConfig
 from llmtune.models.decoder import declare
@@ -85,7 +86,8 @@ class Model:
         """Completions of prompts of any lengths, of the kind that was given: text for text, ids for ids.
 
         temperature 0 is greedy. The model's eos ids end a completion and are not part of it; nor is a `stop` text. A text
-        prompt gets BOS as tokenizer_config.json says, and never becomes control tokens.
+        prompt gets BOS as tokenizer_config.json says, and never becomes control tokens. On a CPU the first call copies the
+        layers' weights as decoding reads them, and keeps that for the next ones until the model is gone or another generates.
         """
         if isinstance(prompts, str):
             raise LlmtuneConfigError("prompts: give a list of prompts, not one text")
@@ -98,7 +100,7 @@ class Model:
                 f"{self.source.name}: it has no tokenizer; give prompts as lists of token ids, no stop"
             )
         rows = [encode_prompt(self.tokenizer, prompt) if as_text else list(map(int, prompt)) for prompt in prompts]
-        completions = Engine(self.config, self.bind, self.mesh, self.strategy).generate(
+        completions = Engine(self.config, self.bind, self.mesh, self.strategy, for_many_calls).generate(
             self.params,
             rows,
             max_new_tokens=max_new_tokens,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmtune.errors import LlmtuneConfigError
 from llmtune.freed_memory import give_back_freed_memory
 from llmtune.generation.cache import Cache, attend_and_fill, attend_to_cache, empty_cache
-from llmtune.generation.layers import arrangement
+from llmtune.generation.layers import Arrange, for_one_call
 from llmtune.generation.sampling import Sampling, draw, greedy
 from llmtune.models.config import ModelConfig
 from llmtune.models.language_model import LanguageModel
@@ -26,6 +26,7 @@ from llmtune.sharding import Strategy, axis_size, placed_by_compiler, put, spec
 from llmtune.weights import linear
 
 SLICE = 32  # tokens decoded between two looks from the host
+LARGE = 16e6  # bytes of a cache that are given back to the system at the end of a call, which takes some milliseconds
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +45,13 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Engine:
-    """Generates from one model on one mesh."""
+    """Generates from one model on one mesh. `arrange`: how layers lie while it does (`layers.py`)."""
 
     config: ModelConfig
     bind: Callable[[Any], LanguageModel]
     mesh: Mesh
     strategy: Strategy
+    arrange: Callable[[Mesh], Arrange] = for_one_call
 
     def generate(
         self,
@@ -64,25 +66,10 @@ class Engine:
     ) -> list[list[int]]:
         """Completions without the eos that ended them. `finished(completion)` may end a row early (stop strings)."""
         _check(prompts, self.config.vocab_size, max_new_tokens)
-        out = self._completions(params, prompts, max_new_tokens, sampling, eos_ids, seed, finished)
-        if self.mesh.devices.flat[0].platform == "cpu":
-            give_back_freed_memory()  # of the cache, and of compiling
-        return out
-
-    def _completions(
-        self,
-        params: Any,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        eos_ids: Sequence[int],
-        seed: int,
-        finished: Callable[[list[int]], bool],
-    ) -> list[list[int]]:
         virtual = self.bind(params).decoder().virtual_tokens()
         rows = _left_padded(prompts, multiple=axis_size(self.mesh, self.strategy.spec("batch")[0]), virtual=virtual)
         length = rows.tokens.shape[1] + _round_up(max_new_tokens, SLICE)
-        arrange = arrangement(self.mesh)
+        arrange, on_cpu = self.arrange(self.mesh), self.mesh.devices.flat[0].platform == "cpu"
         prefill, decode = _compiled(self.bind, self.config, self.strategy, sampling, tuple(eos_ids), length, arrange)
         out: list[list[int]] = [[] for _ in prompts]
         over = np.array([False] * len(prompts))
@@ -95,6 +82,10 @@ class Engine:
                 for row, new in enumerate(np.asarray(chosen)[: len(prompts)]):
                     if not over[row]:
                         over[row] = _extend(out[row], new, eos_ids, max_new_tokens, finished)
+        large = sum(own.nbytes for own in jax.tree.leaves(state.cache)) > LARGE
+        del weights, state
+        if on_cpu and large:
+            give_back_freed_memory()
         return out
 
 
@@ -129,10 +120,10 @@ def _compiled(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     length: int,
-    arrangement: Callable,
+    arrange: Arrange,
 ) -> tuple[Callable, Callable]:
     """Prefill and decode of one setting; kept, so that a second call of the same shape compiles nothing."""
-    arranged = arrangement(bind, config)
+    arranged = arrange(bind, config)
     select = greedy if sampling.temperature == 0.0 else draw
 
     def choose(model: LanguageModel, hidden: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@
 
 XLA's CPU back end copies a layer's matrices out of the stack before it multiplies by them. In training that is lost beside the
 products; a decoding step reads each matrix for a few tokens only, and the copies would take most of its time. Segments of one
-layer have nothing to be copied out of, and each layer's cache becomes a slot of its own. The copy is kept for the next call, for
-as long as the weights that it is a copy of live.
+layer have nothing to be copied out of, and each layer's cache becomes a slot of its own. A model that generates keeps the copy
+for its next call, as long as its weights live; training, which samples now and then and has other weights by then, does not.
 """
 
 import weakref
@@ -34,9 +34,17 @@ class Arrangement:
     cache: Callable[[StackedCache], Cache]
 
 
-def arrangement(mesh: Mesh) -> Callable[[Bind, ModelConfig], Arrangement]:
-    """The arrangement for the platform of a mesh."""
+Arrange = Callable[[Bind, ModelConfig], Arrangement]
+
+
+def for_one_call(mesh: Mesh) -> Arrange:
+    """The arrangement for the platform of a mesh, made anew in each call."""
     return apart if mesh.devices.flat[0].platform == "cpu" else stacked
+
+
+def for_many_calls(mesh: Mesh) -> Arrange:
+    """The same, its copy of the weights kept for the next call."""
+    return kept_apart if mesh.devices.flat[0].platform == "cpu" else stacked
 
 
 def stacked(bind: Bind, config: ModelConfig) -> Arrangement:
@@ -55,9 +63,19 @@ def apart(bind: Bind, config: ModelConfig) -> Arrangement:
         k, v = (tuple(buffers[n % period][n // period] for n in range(count)) for buffers in (cache.k, cache.v))
         return LayerCache(k, v)
 
-    return Arrangement(
-        lambda params: replace(bind(params), graphdef=graphdef), _weights_apart_once, jax.jit(cache_apart)
-    )
+    def weights_apart(params: Any) -> Any:
+        return {**params, "layers": _layers_apart(params["layers"])}
+
+    return Arrangement(lambda params: replace(bind(params), graphdef=graphdef), weights_apart, jax.jit(cache_apart))
+
+
+def kept_apart(bind: Bind, config: ModelConfig) -> Arrangement:
+    """The same; the layers' copy is the last one where it is of these weights."""
+
+    def weights_apart(params: Any) -> Any:
+        return {**params, "layers": _kept_layers_apart(params["layers"])}
+
+    return replace(apart(bind, config), weights=weights_apart)
 
 
 @jax.jit
@@ -71,32 +89,29 @@ def _unstacked(segment: Any) -> list[Any]:
     return [map_stacked(lambda stack, n=n: stack[n : n + 1], segment) for n in range(depth)]
 
 
-class _Once:
+class _Kept:
     """A function of a tree of arrays whose last result is kept until one of those arrays is gone."""
 
     def __init__(self, function: Callable[[Any], Any]):
         self.function = function
-        self.kept: tuple[tuple[int, ...], list[weakref.ref], Any] | None = None
+        self.last: tuple[Any, list[weakref.ref], Any] | None = None  # what it was of, its arrays, the result
 
     def __call__(self, tree: Any) -> Any:
         """What the function gives, or gave last time for these very arrays."""
-        leaves = jax.tree.leaves(tree)
-        names, kept = tuple(map(id, leaves)), self.kept
-        if kept is not None and kept[0] == names:
-            return kept[2]
-        self.kept = kept = None  # before there is another
+        arrays, structure = jax.tree.flatten(tree)
+        of, last = (structure, tuple(map(id, arrays))), self.last
+        if last is not None and last[0] == of:
+            return last[2]
+        self.last = last = None  # before there is another
         result = self.function(tree)
-        self.kept = names, [weakref.ref(leaf, self._forget) for leaf in leaves], result
+        if all(isinstance(own, jax.Array) for own in arrays):  # others may change in place
+            self.last = of, [weakref.ref(own, self._forget) for own in arrays], result
         return result
 
     def _forget(self, gone: weakref.ref) -> None:
-        kept = self.kept
-        if kept is not None and any(own is gone for own in kept[1]):
-            self.kept = None
+        last = self.last
+        if last is not None and any(own is gone for own in last[1]):
+            self.last = None
 
 
-_layers_apart_once = _Once(_layers_apart)
-
-
-def _weights_apart_once(params: Any) -> Any:
-    return {**params, "layers": _layers_apart_once(params["layers"])}
+_kept_layers_apart = _Kept(_layers_apart)

@@ -1,7 +1,7 @@
 """Kernels: arrays in, arrays out. They know nothing of modules, weights or operators."""
 
 from llmtune.kernels.attention import attention
-from llmtune.kernels.attention_dropout import AttentionDropout, drawn
+from llmtune.kernels.attention_dropout import AttentionDropout, draw_attention_dropout
 from llmtune.kernels.cached_attention import cached_attention
 from llmtune.kernels.grouped_matmul import grouped_matmul
 from llmtune.kernels.masks import Mask, visible
@@ -12,7 +12,7 @@ __all__ = [
     "Mask",
     "attention",
     "cached_attention",
-    "drawn",
+    "draw_attention_dropout",
     "exchange_rows",
     "grouped_matmul",
     "visible",

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from llmtune.kernels import cudnn, splash
-from llmtune.kernels.attention_dropout import AttentionDropout, Dropped, words_of
+from llmtune.kernels.attention_dropout import AttentionDropout
 from llmtune.kernels.blocked_attention import blocked_attention
 from llmtune.kernels.context_attention import with_keys_on_the_left
 from llmtune.kernels.masks import Mask
@@ -76,13 +76,12 @@ def attention(
     attend = functools.partial(attend, mask=mask, scale=scale)
     if dropout is None:
         return on_each_device(attend, q, k, v, segments)
-    heads, rate = q.shape[2], dropout.rate
 
-    def dropping(q, k, v, segments, places, words):
+    def dropping(q, k, v, segments, rows, heads, words):
         first = 0 if axis is None else jax.lax.axis_index(axis) * q.shape[1]
-        return attend(q, k, v, segments, dropped=Dropped(words_of(places, words, heads), first, rate))
+        return attend(q, k, v, segments, dropped=replace(dropout, words=words).of_rows(rows, heads, first))
 
-    return on_each_device(dropping, q, k, v, segments, rows_and_heads(q), dropout.words)
+    return on_each_device(dropping, q, k, v, segments, numbers(q, 0), numbers(q, 2), dropout.words)
 
 
 def back_end(on: str, mask: Mask, q: jax.Array, *, drops: bool = False) -> BackEnd:
@@ -90,14 +89,10 @@ def back_end(on: str, mask: Mask, q: jax.Array, *, drops: bool = False) -> BackE
     return next(b for b in BACK_ENDS if b.platform in (None, on) and b.drops >= drops and b.serves(mask, q))
 
 
-def rows_and_heads(q: jax.Array) -> jax.Array:
-    """uint32 [batch, heads], `row * heads + head` of the whole batch and model, laid out like q."""
-    batch, _, heads, _ = q.shape
-    rows, _, columns, _ = layout(q)
-    unmeshed = jax.sharding.get_abstract_mesh().empty
-    out = None if unmeshed else jax.sharding.PartitionSpec(rows, columns)
-    row, head = (jax.lax.broadcasted_iota(jnp.uint32, (batch, heads), n, out_sharding=out) for n in (0, 1))
-    return row * jnp.uint32(heads) + head
+def numbers(x: jax.Array, axis: int) -> jax.Array:
+    """uint32 0, 1, ... along an axis of the whole of x, laid out as that axis is."""
+    out = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.PartitionSpec(layout(x)[axis])
+    return jax.lax.broadcasted_iota(jnp.uint32, (x.shape[axis],), 0, out_sharding=out)
 
 
 def on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -51,8 +51,13 @@ class AttentionDropout:
         own = threefry((self.words[0], self.words[1]), (jnp.uint32(slot), jnp.asarray(index, jnp.uint32)))
         return replace(self, words=jnp.stack(own))
 
+    def of_rows(self, rows: jax.Array, heads: jax.Array, first: jax.Array | int = 0) -> "Dropped":
+        """Of a layer: what a kernel of these rows and heads, uint32 [batch] and [heads], is given."""
+        words = threefry((self.words[0], self.words[1]), (rows[:, None], heads[None, :]))
+        return Dropped(words, first, self.rate)
 
-def drawn(key: jax.Array, rate: float) -> AttentionDropout:
+
+def draw_attention_dropout(key: jax.Array, rate: float) -> AttentionDropout:
     """The dropout of one step, from its random key."""
     return AttentionDropout(jax.random.bits(key, (2,), jnp.uint32), rate)
 
@@ -77,16 +82,12 @@ class Dropped:
         """float32 [batch, kv_heads, groups, queries, keys], from int32 places counted from the kernel's first query."""
         rows, columns = ((self.first + own).astype(jnp.uint32) for own in (queries, keys))
         x, y = (own[..., None, None] for own in self.words)
-        drawn, _ = threefry((x, y), (rows[:, None], columns[None, :]))
+        bits, _ = threefry((x, y), (rows[:, None], columns[None, :]))
         limit = jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
-        return jnp.where(drawn < limit, 0.0, 1.0 / (1.0 - self.rate)).astype(jnp.float32)
+        # not jnp.where of two constants: spread to this shape they would be kept through a scan over layers
+        return (bits >= limit).astype(jnp.float32) * (1.0 / (1.0 - self.rate))
 
 
-def thinned(weights: jax.Array, dropped: Dropped | None, queries: jax.Array, keys: jax.Array) -> jax.Array:
+def with_dropped(weights: jax.Array, dropped: Dropped | None, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Weights [batch, kv_heads, groups, queries, keys] with some left out, or as they are; its own transpose."""
     return weights if dropped is None else weights * dropped.factors(queries, keys)
-
-
-def words_of(places: jax.Array, words: jax.Array, heads: int) -> Words:
-    """Words of rows and heads: uint32 [batch, heads] places, `row * heads + head`, and a layer's words [2]."""
-    return threefry((words[0], words[1]), (places // heads, places % heads))

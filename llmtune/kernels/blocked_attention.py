@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmtune.kernels.attention_dropout import Dropped, thinned
+from llmtune.kernels.attention_dropout import Dropped, with_dropped
 from llmtune.kernels.masks import Mask, no_gradients, tied, visible, visible_blocks
 
 HIDDEN = -1e30
@@ -69,7 +69,7 @@ def _forward(q, k, v, segments, dropped, mask, scale):
         new_peak = jnp.maximum(peak[i], scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
         shrink = jnp.exp(peak[i] - new_peak)
-        mixing = thinned(weights, words, *_places(i, j, block, mask))
+        mixing = with_dropped(weights, words, *_places(i, j, block, mask))
         mixed = _dot("bkgst,bktd->bkgsd", mixing.astype(v.dtype), v[j])
         out = out.at[i].set(out[i] * shrink[..., None] + mixed)
         total = total.at[i].set(total[i] * shrink + weights.sum(-1))
@@ -97,12 +97,12 @@ def _backward(mask, scale, saved, gradient):
         scores, seen = _scores(q, k, documents, i, j, mask, scale)
         weights = jnp.where(seen, jnp.exp(scores - log_sum[i][..., None]), 0.0)
         places = _places(i, j, block, mask)
-        dweights = thinned(_dot("bkgsd,bktd->bkgst", gradient[i], v[j]), words, *places)
+        dweights = with_dropped(_dot("bkgsd,bktd->bkgst", gradient[i], v[j]), words, *places)
         dscores = weights * (dweights - shared[i][..., None]) * scale
         narrow = dscores.astype(q.dtype)
         dq = dq.at[i].add(_dot("bkgst,bktd->bkgsd", narrow, k[j]))
         dk = dk.at[j].add(_dot("bkgst,bkgsd->bktd", narrow, q[i]))
-        mixing = thinned(weights, words, *places).astype(v.dtype)
+        mixing = with_dropped(weights, words, *places).astype(v.dtype)
         dv = dv.at[j].add(_dot("bkgst,bkgsd->bktd", mixing, gradient[i]))
         return (dq, dk, dv), None
 

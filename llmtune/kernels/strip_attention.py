@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmtune.kernels.attention_dropout import Dropped, thinned
+from llmtune.kernels.attention_dropout import Dropped, with_dropped
 from llmtune.kernels.masks import Mask, no_gradients, visible
 
 HIDDEN = -1e30
@@ -67,7 +67,7 @@ def _forward(q, k, v, segments, dropped, mask, scale):
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True)
         seen = total > 0
-        mixing = thinned(weights, dropped, *_places(rows, keys, mask))
+        mixing = with_dropped(weights, dropped, *_places(rows, keys, mask))
         mixed = _dot("bkrt,bktd->bkrd", _flat(mixing).astype(v.dtype), v[:, :, keys]).reshape(*peak.shape[:4], -1)
         outs.append((mixed / jnp.where(seen, total, 1.0)).astype(q.dtype))
         log_sums.append(jnp.where(seen, peak + jnp.log(total), 0.0)[..., 0])
@@ -86,11 +86,11 @@ def _backward(mask, scale, saved, gradient):
         above, queries = _flat(gradient[:, :, :, rows]), _flat(q[:, :, :, rows])
         weights = jnp.exp(scores - log_sum[:, :, :, rows, None])
         places = _places(rows, keys, mask)
-        dweights = thinned(_dot("bkrd,bktd->bkrt", above, v[:, :, keys]).reshape(scores.shape), dropped, *places)
+        dweights = with_dropped(_dot("bkrd,bktd->bkrt", above, v[:, :, keys]).reshape(scores.shape), dropped, *places)
         dscores = _flat(weights * (dweights - shared[:, :, :, rows, None]) * scale).astype(q.dtype)
         dq.append(_dot("bkrt,bktd->bkrd", dscores, k[:, :, keys]).reshape(*scores.shape[:4], -1))
         dk = dk.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", dscores, queries))
-        mixing = _flat(thinned(weights, dropped, *places)).astype(v.dtype)
+        mixing = _flat(with_dropped(weights, dropped, *places)).astype(v.dtype)
         dv = dv.at[:, :, keys].add(_dot("bkrt,bkrd->bktd", mixing, above))
     return (
         jnp.concatenate(dq, axis=3).astype(q.dtype),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints_convert import companions, hf_weights
 from checkpoints_convert.stacks import depths, placed
@@ -100,8 +101,10 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def _expert(weight: jax.Array, place: tuple[int, ...]) -> np.ndarray:
     """One expert of one layer, put together on the host from the devices' shards: experts may be spread over them."""
-    if not weight.is_fully_addressable:
-        return on_host(weight[place])
+    if not weight.is_fully_addressable:  # its process sends it to the others; within it, it stays spread
+        mesh, rest = weight.sharding.mesh, PartitionSpec(*weight.sharding.spec[len(place) :])  # type: ignore[attr-defined]
+        with jax.set_mesh(mesh):
+            return on_host(weight.at[place].get(out_sharding=NamedSharding(mesh, rest)))
     out = np.empty(weight.shape[len(place) :], weight.dtype)
     for shard in weight.addressable_shards:
         ranges = [part.indices(size) for part, size in zip(shard.index, weight.shape, strict=True)]

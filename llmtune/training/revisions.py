@@ -17,7 +17,7 @@ import jax
 import optax
 
 from llmtune.config import Run
-from llmtune.kernels import drawn
+from llmtune.kernels import draw_attention_dropout
 from llmtune.models.config import ModelConfig
 from llmtune.objectives.regularized import regularized_loss
 from llmtune.optimizers import evaluated_weights
@@ -82,7 +82,7 @@ def choose_perturbation(run: Run, config: ModelConfig) -> Callable[[Any, jax.Arr
         if alpha is not None:
             params = with_noise(params, jax.random.fold_in(key, 1), alpha)
         if rate:
-            params = {**params, "attention_dropout": drawn(jax.random.fold_in(key, 2), rate)}
+            params = {**params, "attention_dropout": draw_attention_dropout(jax.random.fold_in(key, 2), rate)}
         return params
 
     return perturb

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from llmtune.freed_memory import give_back_freed_memory
 from llmtune.generation.engine import Engine
 from llmtune.generation.sampling import Sampling
 from llmtune.model import decode_completion
@@ -31,4 +32,5 @@ def sample(
     completions = Engine(config, bind, mesh, strategy.whole_rows()).generate(
         params, rows, max_new_tokens=max_new_tokens, sampling=Sampling(), eos_ids=end_ids
     )
+    give_back_freed_memory()  # of the layers' copy, where they are decoded with on a CPU
     return [decode_completion(tokenizer, *pair) for pair in zip(rows, completions, strict=True)]

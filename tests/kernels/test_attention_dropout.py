@@ -12,8 +12,8 @@ import torch
 from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmtune.kernels import AttentionDropout, Mask, attention, drawn
-from llmtune.kernels.attention_dropout import Dropped, threefry, words_of
+from llmtune.kernels import AttentionDropout, Mask, attention, draw_attention_dropout
+from llmtune.kernels.attention_dropout import threefry
 from llmtune.kernels.blocked_attention import blocked_attention
 from llmtune.kernels.strip_attention import strip_attention
 from llmtune.sharding import make_mesh
@@ -28,8 +28,7 @@ RATE = 0.3
 
 def all_factors(batch, heads, seq, dropout):
     """float32 [batch, heads, seq, seq], of a whole row at once."""
-    places = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
-    dropped = Dropped(words_of(places, dropout.words, heads), 0, dropout.rate).grouped(heads)
+    dropped = dropout.of_rows(jnp.arange(batch, dtype=jnp.uint32), jnp.arange(heads, dtype=jnp.uint32)).grouped(heads)
     return np.asarray(dropped.factors(jnp.arange(seq), jnp.arange(seq)))[:, :, 0]
 
 
@@ -69,11 +68,10 @@ def test_threefry_is_that_of_jax():
 def test_result_and_gradients_are_those_of_torch_without_these_weights(form, case):
     q, k, v, out, segments, mask = example(case)
     batch, seq, heads, size = q.shape
-    dropout = drawn(jax.random.key(3), RATE).of_layer(1, 2)
-    places = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
+    dropout = draw_attention_dropout(jax.random.key(3), RATE).of_layer(1, 2)
 
     def attend(q, k, v):
-        dropped = Dropped(words_of(places, dropout.words, heads), 0, RATE)
+        dropped = dropout.of_rows(jnp.arange(batch, dtype=jnp.uint32), jnp.arange(heads, dtype=jnp.uint32))
         return FORMS[form](q, k, v, jnp.asarray(segments), mask=mask, scale=size**-0.5, dropped=dropped)
 
     found = gradients(attend, *(jnp.asarray(x, jnp.float32) for x in (q, k, v, out)))
@@ -88,7 +86,7 @@ def test_every_mesh_drops_the_same(axes, form, window, monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v, out = (rng.standard_normal((8, 512, n, 16)).astype(np.float32) for n in (8, 4, 4, 8))
     segments = np.repeat(np.array([1, 2, 0]), [200, 300, 12])[None].repeat(8, axis=0).astype(np.int32)
-    dropout = drawn(jax.random.key(0), RATE)
+    dropout = draw_attention_dropout(jax.random.key(0), RATE)
 
     def run(q, k, v, out, segments, dropout):
         attend = functools.partial(attention, mask=Mask(window=window), segments=segments, scale=0.25, dropout=dropout)
@@ -109,7 +107,7 @@ def test_every_mesh_drops_the_same(axes, form, window, monkeypatch):
 
 def test_the_share_that_is_dropped_and_that_nothing_repeats():
     """Of rows, heads, layers and steps: the rate within 5 standard deviations, and no two of them alike."""
-    steps = [drawn(jax.random.key(n), RATE) for n in range(2)]
+    steps = [draw_attention_dropout(jax.random.key(n), RATE) for n in range(2)]
     layers = [step.of_layer(slot, index) for step in steps for slot, index in ((0, 0), (1, 0), (0, 1))]
     factors = np.stack([all_factors(2, 3, 128, layer) for layer in layers]).reshape(-1, 128 * 128)
     assert set(np.unique(factors)) == {np.float32(0), np.float32(1 / (1 - RATE))}
@@ -126,6 +124,25 @@ def test_kernels_that_cannot_drop_are_not_asked(on):
     q, mask = jax.ShapeDtypeStruct((2, 4096, 4, 128), jnp.bfloat16), Mask(packed=False)
     assert dispatch.back_end(on, mask, q).name in ("splash", "cudnn")
     assert dispatch.back_end(on, mask, q, drops=True).name == "blocks"
+
+
+@pytest.mark.parametrize("seq", [1024, 4096], ids=["strips", "blocks"])
+def test_a_scan_over_layers_keeps_nothing_for_it(seq):
+    """Temporary bytes of the gradient through four layers, beside those without dropout."""
+    x, segments, words = jnp.ones((2, seq, 8, 8)), jnp.ones((2, seq), jnp.int32), jnp.zeros(2, jnp.uint32)
+
+    def loss(x, words, rate):
+        def layer(x, n):
+            dropout = AttentionDropout(words, rate).of_layer(0, n) if rate else None
+            return x + attention(x, x, x, mask=Mask(), segments=segments, scale=1.0, dropout=dropout), None
+
+        return jax.lax.scan(layer, x, jnp.arange(4))[0].sum()
+
+    def temporary(rate):
+        compiled = jax.jit(jax.grad(functools.partial(loss, rate=rate))).lower(x, words).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(RATE) < 1.25 * temporary(0.0)
 
 
 def test_a_long_row_never_holds_its_places():

@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import llmtune
 from tests.multihost.together import together
+from tests.parity.reference import save_model
+from tests.parity.test_gradients import SIZES
 from tests.runs import read_curve, run_config, write_rows
 from tests.sharding.test_grid import MESHES
 
@@ -49,6 +52,13 @@ RUNS = {"whole": ("fsdp", {"fsdp": 8}, None), "across": ("context", ACROSS, LORA
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory, stories, batches):
     return Ground(tmp_path_factory.mktemp("multihost"), stories, batches)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, batches):
+    """The same rows for a small Mixtral of 8 experts."""
+    path = tmp_path_factory.mktemp("mixture")
+    return Ground(path, save_model("mixtral", path / "model", **{**SIZES, "vocab_size": 512}), batches)
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +153,27 @@ def test_the_checkpoint_of_two_is_gone_on_from_by_four_and_by_one(ground, adapt)
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("adapt", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("strategy", [name for name in MESHES if name != "expert"])
-def test_every_strategy_over_two_processes(ground, strategy, adapt):
+@pytest.mark.parametrize("strategy", list(MESHES))
+def test_every_strategy_over_two_processes(ground, mixture, strategy, adapt):
+    """Those that spread experts, of a mixture."""
+    ground = mixture if "expert" in strategy else ground
     name = f"{strategy}-{'full' if adapt is None else 'lora'}"
     together(ground.path, [ground.config(name, strategy, MESHES[strategy], adapt)], processes=2, devices=4)
     one = ground.one(f"{name}-one", strategy, MESHES[strategy], adapt)
     assert_same_curve(ground.path / name, one)
+
+
+@pytest.mark.parametrize("adapt", [None, pytest.param(LORA, marks=pytest.mark.nightly)], ids=["full", "lora"])
+def test_experts_that_processes_divide(mixture, adapt):
+    """Four experts in each; the export, whose tensors are an expert each, is that of one process."""
+    name, strategy = f"divided-{'full' if adapt is None else 'lora'}", ("expert", {"expert": 8})
+    together(mixture.path, [mixture.config(name, *strategy, adapt)], processes=2, devices=4)
+    one = mixture.one(f"{name}-one", *strategy, adapt)
+    assert_same_curve(mixture.path / name, one)
+    ours, theirs = (load_file(run / "export/model/model.safetensors") for run in (mixture.path / name, one))
+    assert ours.keys() == theirs.keys() and any("experts.7" in tensor for tensor in ours)
+    for tensor, own in ours.items():
+        np.testing.assert_allclose(own, theirs[tensor], atol=1e-5, err_msg=tensor)
 
 
 @pytest.mark.nightly

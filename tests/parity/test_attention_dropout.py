@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llmtune
-from llmtune.kernels import drawn
+from llmtune.kernels import draw_attention_dropout
 from tests.kernels.test_attention_dropout import all_factors
 from tests.parity.reference import load_reference, save_model
 from tests.parity.test_gradients import (
@@ -48,7 +48,7 @@ def test_loss_and_every_gradient(name, strategy, tmp_path, monkeypatch):
     model, reference = llmtune.load(tmp_path, strategy=strategy), load_reference(tmp_path)
     assert model.config.attention_dropout == RATE
     reference.set_attn_implementation("eager")
-    batch, dropout = batch_of(model.config.vocab_size), drawn(jax.random.key(5), RATE)
+    batch, dropout = batch_of(model.config.vocab_size), draw_attention_dropout(jax.random.key(5), RATE)
     calls = dropping_like_ours(monkeypatch, model.config, batch, dropout)
     out = their_step(reference.train(), batch)
     assert next(calls, None) is None

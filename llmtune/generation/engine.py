@@ -26,7 +26,7 @@ from llmtune.sharding import Strategy, axis_size, placed_by_compiler, put, spec
 from llmtune.weights import linear
 
 SLICE = 32  # tokens decoded between two looks from the host
-LARGE = 16e6  # bytes of a cache that are given back to the system at the end of a call, which takes some milliseconds
+LARGE = 8e6  # bytes of a cache that are given back to the system at the end of a call, which takes some milliseconds
 
 
 @jax.tree_util.register_dataclass

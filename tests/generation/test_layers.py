@@ -3,6 +3,9 @@
 import dataclasses
 import gc
 import json
+import os
+import subprocess
+import sys
 import weakref
 
 import jax
@@ -10,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import llmtune
-from llmtune.freed_memory import give_back_freed_memory
 from llmtune.generation import layers
-from llmtune.training.meter import memory_in_use
+from tests.conftest import ROOT
 from tests.parity.reference import save_model
 from tests.runs import run_config, write_rows
 
@@ -64,13 +66,28 @@ def test_a_run_that_samples_keeps_no_copy(stories, batches, tmp_path):
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["after"]["samples"][0]["completion"]
 
 
+FREED = """
+import jax, jax.numpy as jnp, numpy as np
+from llmtune.freed_memory import give_back_freed_memory
+from llmtune.training.meter import memory_in_use
+
+start = jnp.asarray(np.zeros(25_000, np.float32))
+before = memory_in_use()["host_bytes"]
+held = [start + n for n in range(2000)]
+jax.block_until_ready(held)
+full = memory_in_use()["host_bytes"]
+del held[:-1]
+give_back_freed_memory()
+print(full - before, memory_in_use()["host_bytes"] - before)
+"""
+
+
 def test_what_was_freed_goes_back_to_the_system():
-    """Buffers of 100 KB, which malloc keeps, and a last one that stands in the way of its giving back their end."""
-    start = jnp.asarray(np.zeros(25_000, np.float32))
-    before = memory_in_use()["host_bytes"]
-    held = [start + n for n in range(2000)]
-    jax.block_until_ready(held)
-    full = memory_in_use()["host_bytes"]
-    del held[:-1]
-    give_back_freed_memory()
-    assert full - before > 150e6 and memory_in_use()["host_bytes"] - before < 60e6
+    """Buffers of 100 KB, which malloc keeps, and a last one that stands in the way of its giving back their end.
+
+    In a process of its own, which has nothing free to begin with.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    said = subprocess.run([sys.executable, "-c", FREED], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    full, after = map(int, said.stdout.split())
+    assert full > 150e6 and after < 60e6

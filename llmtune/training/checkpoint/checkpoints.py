@@ -251,6 +251,8 @@ class Checkpoints:
         try:
             if error is None:
                 self._settle()
+                if is_first():  # threads of a save that failed may have begun a half after it was tidied up
+                    steps.remove_halves(self.directory)
             else:
                 with contextlib.suppress(Exception):
                     self._await()

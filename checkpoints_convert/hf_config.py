@@ -23,7 +23,7 @@ from checkpoints_convert.hf_architectures import (
     text_part,
     windows_to_hf,
 )
-from checkpoints_convert.hf_fields import flag, number, positive, share, short, token, wrong
+from checkpoints_convert.hf_fields import flag, fraction, number, positive, short, token, wrong
 from checkpoints_convert.hf_rope import parse_rope, rope_to_hf
 from checkpoints_convert.safetensors_reader import read_json
 from llmtune.errors import LlmtuneFormatError
@@ -111,7 +111,7 @@ def _parse_text(config: Mapping[str, Any], generation: Mapping[str, Any] | None,
         rms_norm_eps=number(config, "rms_norm_eps", where, own.eps),
         rope=parse_rope(config, where, own.theta, own.scales_queries),
         tie_word_embeddings=flag(config, "tie_word_embeddings", where),
-        attention_dropout=share(config, "attention_dropout", where),
+        attention_dropout=fraction(config, "attention_dropout", where),
         attention_bias=own.biases and flag(config, "attention_bias", where),
         mlp_bias=own.biases and flag(config, "mlp_bias", where),
         windows=parse_windows(config, own, layers, where),

@@ -35,7 +35,7 @@ def coefficient(config: Mapping[str, Any], name: str, where: str, default: float
     return 0.0 if value == 0 and not isinstance(value, bool) else number(config, name, where, default)
 
 
-def share(config: Mapping[str, Any], name: str, where: str) -> float:
+def fraction(config: Mapping[str, Any], name: str, where: str) -> float:
     """A number in [0, 1); absent and null are 0."""
     value = config.get(name)
     value = 0.0 if value is None else value

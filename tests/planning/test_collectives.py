@@ -61,6 +61,18 @@ def test_text_by_hand():
     assert (found["collective-permute"].wire, found["collective-permute"].axes) == (16, "tensor")
 
 
+def condition(name, bound):
+    """Of a loop whose counter runs up to a bound."""
+    return f"""
+%{name} (p: (s32[], bf16[8,16], f32[8,16])) -> pred[] {{
+  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = s32[] constant({bound})
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}}
+"""
+
+
 SPREAD = """
 HloModule jit_step, is_scheduled=true
 
@@ -88,13 +100,6 @@ HloModule jit_step, is_scheduled=true
   ROOT %out = (s32[], bf16[8,16], f32[8,16]) tuple(%next, %w, %y)
 }
 
-%inner_condition (p: (s32[], bf16[8,16], f32[8,16])) -> pred[] {
-  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %bound = s32[] constant(100)
-  ROOT %less = pred[] compare(%i, %bound), direction=LT
-}
-
 %layer (p: (s32[], bf16[8,16], f32[8,16])) -> (s32[], bf16[8,16], f32[8,16]) {
   %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
   %one = s32[] constant(1)
@@ -110,13 +115,6 @@ HloModule jit_step, is_scheduled=true
   ROOT %out = (s32[], bf16[8,16], f32[8,16]) tuple(%next, %w, %y)
 }
 
-%layer_condition (p: (s32[], bf16[8,16], f32[8,16])) -> pred[] {
-  %p = (s32[], bf16[8,16], f32[8,16]) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %bound = s32[] constant(3)
-  ROOT %less = pred[] compare(%i, %bound), direction=LT
-}
-
 ENTRY %main (w: bf16[8,16], x: f32[8,16]) -> f32[8,16] {
   %w = bf16[8,16] parameter(0)
   %x = f32[8,16] parameter(1)
@@ -130,7 +128,8 @@ ENTRY %main (w: bf16[8,16], x: f32[8,16]) -> f32[8,16] {
 
 def test_an_exchange_that_goes_on_in_a_loop_is_one():
     """A layer's weights are gathered while the blocks of its attention are walked through: 3 layers, not 300 blocks."""
-    found = collectives(read(SPREAD), ("fsdp", "tensor"), (4, 2))
+    text = SPREAD + condition("inner_condition", 100) + condition("layer_condition", 3)
+    found = collectives(read(text), ("fsdp", "tensor"), (4, 2))
     assert [(row.kind, row.axes, row.count, row.payload) for row in found] == [
         ("all-gather", "fsdp", 3, 3 * 32 * 16 * 2)
     ]

@@ -168,3 +168,10 @@ def test_everything_at_once_trains_averages_and_stops_early(stories, batches, tm
     assert rows[0]["kl_start"] >= 0 and rows[0]["l2_start"] == 0 < rows[-1]["l2_start"] and np.isfinite(terms).all()
     llmtune.train(run, devices=jax.devices()[:1])  # taken up again, it stays where it ended
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan"), "0.1", True])
+def test_a_rate_that_is_none_is_refused_by_name(stories, tmp_path, rate):
+    with pytest.raises(llmtune.LlmtuneError, match=r"regularize\.attention_dropout") as error:
+        run_config(tmp_path, stories, tmp_path / "rows.jsonl", regularize={"attention_dropout": rate})
+    assert "\n" not in str(error.value)
